@@ -1,0 +1,36 @@
+"""Pytrees seen as tables of paths: names of leaves, sizes, finiteness."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.types import Array, Tree
+
+
+def path_name(path: tuple) -> str:
+    """`params/denoiser/block_0/qkv/kernel` from a key path of jax."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def count(tree: Tree) -> int:
+    """Number of scalars in the tree (works on abstract trees)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def all_finite(tree: Tree) -> Array:
+    """bool[]: no leaf holds an infinity or a NaN."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def where(condition: Array, yes: Tree, no: Tree) -> Tree:
+    """`yes` where `condition` (bool[]) holds, `no` elsewhere, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> Array:
+    """Put a host array, of which every process has the same or at least its own part, on the devices of `sharding`.
+
+    The one place where the host's data may enter while the loop's transfer guard stands.
+    """
+    with jax.transfer_guard("allow"):
+        return jax.make_array_from_callback(array.shape, sharding, lambda where: array[where])

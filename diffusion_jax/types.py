@@ -1,0 +1,143 @@
+"""The vocabulary. Everything that two rooms of the package say to each other is said in these types."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Array = jax.Array
+Tree = Any  # a pytree of arrays
+
+Batch = Mapping[str, Array]
+"""`image` f32[B,H,W,C] in [-1,1]; `label` i32[B] where the data has classes; `index` i32[B], the place in the batch."""
+
+Condition = Mapping[str, Array]
+"""What an image is to show: `label` i32[n], or nothing."""
+
+Weights = Mapping[str, Tree]
+"""One tree of parameters a player."""
+
+Metrics = Mapping[str, Array]
+"""Named f32[] values, averaged over the steps between two log lines."""
+
+Denoiser = Callable[[Array, Array], tuple[Array, Array]]
+"""(x f32[n,H,W,C], t f32[] or f32[n]) -> (x0, eps): both, so that nobody divides by an alpha or sigma that is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """What the data looks like: all that a family has to know of it.
+
+    Attributes:
+      size: height and width in pixels.
+      channels: 1 or 3.
+      num_classes: number of labels, 0 for data without labels.
+      levels: number of grey levels a channel that the data has (256 for 8-bit images, 17 for the digits).
+    """
+
+    size: int
+    channels: int
+    num_classes: int
+    levels: int = 256
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return (self.size, self.size, self.channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a loss may look at besides the parameters.
+
+    Attributes:
+      batch: the examples.
+      key: a key that belongs to this player and this step; `rng.example_keys` makes one an example out of it.
+      step: i32[].
+      extra: state that changes without gradient.
+      ema: the averaged weights, by profile.
+      frozen: parameters of other models, never trained here.
+    """
+
+    batch: Batch
+    key: Array
+    step: Array
+    extra: Tree
+    ema: Mapping[str, Weights]
+    frozen: Tree
+
+
+class Aux(NamedTuple):
+    """What a loss returns beside its value: metrics for the log, and the new `extra`."""
+
+    metrics: Metrics
+    extra: Tree
+
+
+LossFn = Callable[[Weights, Context], tuple[Array, Aux]]
+"""Differentiated with respect to `params[player.name]` alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Player:
+    """One group of parameters and the loss that it alone minimises, every `every`-th step."""
+
+    name: str
+    loss: LossFn
+    every: int = 1
+
+
+class Generate(Protocol):
+    """(weights, keys, condition, options) -> images."""
+
+    def __call__(self, weights: Weights, keys: Array, condition: Condition, options: Tree) -> Array:
+        """Make one image for each of `keys` key[n], as f32[n,H,W,C] in [-1,1].
+
+        Image i depends on `keys[i]`, on row i of `condition`, and on nothing else of the batch.
+        `options` is what the family's `sampling` built; its leaves may be traced.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family: pure functions only. The trainer, the sampler and the evaluation see nothing else of a model.
+
+    Attributes:
+      name: as in the registry.
+      players: in the order of their updates; a later one sees an earlier one's.
+      init: key -> (params by player, extra).
+      generate: see `Generate`.
+      sampling: the config's `sample` section, less what all families share, -> options of `generate`.
+      nll: (weights, batch, key) -> f32[B] in bits per dimension; None where the family has no likelihood.
+    """
+
+    name: str
+    players: tuple[Player, ...]
+    init: Callable[[Array], tuple[Weights, Tree]]
+    generate: Generate
+    sampling: Callable[[Mapping[str, Any]], Tree]
+    nll: Callable[[Weights, Batch, Array], Array] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that changes during a run; a checkpoint is this, the data position (`step`) and the config.
+
+    Attributes:
+      step: i32[], number of finished steps.
+      params: trained by gradient, by player.
+      opt_state: the optimizer's, by player.
+      ema: averaged weights, by profile and player.
+      extra: changes without gradient.
+      skipped: i32[] each: `total` updates left out because something was not finite, `in_a_row` the present streak.
+    """
+
+    step: Array
+    params: dict[str, Tree]
+    opt_state: dict[str, Tree]
+    ema: dict[str, dict[str, Tree]]
+    extra: Tree
+    skipped: dict[str, Array] = field(default_factory=dict)
