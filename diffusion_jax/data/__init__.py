@@ -1,0 +1,64 @@
+"""Data sets by name. To add one: a module with `build(settings, argument) -> Dataset`, and a line in `KINDS`."""
+
+import importlib
+
+from jax.sharding import NamedSharding
+
+from diffusion_jax import plugs
+from diffusion_jax.data.feed import Feed, resident
+from diffusion_jax.data.source import Dataset, Source
+from diffusion_jax.errors import UserError, require
+from diffusion_jax.settings import DataSettings
+
+KINDS = {
+    "digits": "diffusion_jax.data.digits",
+    "tfds": "diffusion_jax.data.tfds",
+    "folder": "diffusion_jax.data.folder",
+}
+"""What stands before the colon in `data.name` -> the module that builds it, imported when it is asked for."""
+
+
+def build(settings: DataSettings) -> Dataset:
+    """The data set that `settings.name` names: "digits", "tfds:NAME" or "folder:PATH".
+
+    Raises:
+      UserError: for an unknown kind, for a held-out split that is the training split, and whatever the kind refuses.
+    """
+    kind, _, argument = settings.name.partition(":")
+    if kind not in KINDS:
+        raise UserError(f"data.name = {settings.name!r}: there is no {kind!r}; {plugs.suggest(kind, KINDS)}.")
+    require(
+        settings.held_out_split != settings.train_split,
+        "data.held_out_split",
+        settings.held_out_split,
+        "must differ from data.train_split: evaluation needs images that training never saw",
+    )
+    return importlib.import_module(KINDS[kind]).build(settings, argument)
+
+
+def build_feed(
+    dataset: Dataset, *, batch_size: int, seed: int, rows: NamedSharding, steps_per_chunk: int, device_megabytes: int
+) -> Feed:
+    """The feed of `dataset.train`: on the devices where it fits into `device_megabytes`, else streamed through grain.
+
+    Either gives the same batch for the same (seed, step).
+
+    Args:
+      dataset: what to train on.
+      batch_size: examples a step, over all devices.
+      seed: of the order.
+      rows: sharding of a batch's first axis.
+      steps_per_chunk: the most steps that one dispatch makes.
+      device_megabytes: the most that training images may take on a device, whole sets and streamed chunks alike.
+    """
+    common = {"batch_size": batch_size, "seed": seed, "rows": rows}
+    if image_bytes(dataset.train) <= device_megabytes * 2**20:
+        return resident(dataset.train, **common, capacity=steps_per_chunk)
+    from diffusion_jax.data.stream import stream  # grain takes two seconds to import
+
+    return stream(dataset.train, **common, most=steps_per_chunk, megabytes=device_megabytes)
+
+
+def image_bytes(source: Source) -> int:
+    """Bytes of all images of `source`, taking the first one's size for every one's."""
+    return len(source) * source[0]["image"].nbytes
