@@ -1,0 +1,1 @@
+"""Objectives: what a diffusion model is trained to regress on, one loss an example."""
