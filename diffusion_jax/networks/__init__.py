@@ -1,0 +1,84 @@
+"""Networks: arrays in, arrays out. The only room that imports flax modules; everyone else sees pure init and apply."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax import plugs
+from diffusion_jax.errors import require
+from diffusion_jax.networks import classifier, dit, unet
+from diffusion_jax.types import Array, ImageSpec, Tree
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A pure pair.
+
+    Attributes:
+      init: key -> parameters, float32.
+      apply: (params, x f32[B,H,W,C], time f32[B] or f32[1], label i32[B] or None, keys key[B] or None)
+        -> f32[B,H,W,channels_out]. `label` = num_classes stands for "no label"; `keys` switch dropout on.
+    """
+
+    init: Callable[[Array], Tree]
+    apply: Callable[..., Array]
+
+
+BACKBONES = {
+    "dit": (dit.DiTOptions, dit.DiT, dit.patch_error),
+    "unet": (unet.UNetOptions, unet.UNet, unet.size_error),
+}
+"""name -> (options, module, what is wrong with an image size)."""
+
+
+def build(
+    field: str, text: str, spec: ImageSpec, precision: str = "float32", channels_out: int | None = None
+) -> Network:
+    """The denoising network that `text` names, for images of `spec`.
+
+    Args:
+      field: the config field, for error messages.
+      text: such as `"dit(width=128,depth=6)"`.
+      spec: size, channels and classes of the images.
+      precision: "float32" or "bfloat16", the arithmetic's; parameters are float32.
+      channels_out: of the prediction; the image's own where None.
+
+    Raises:
+      UserError: for an unknown name or option, or sizes that do not fit `spec`.
+    """
+    name, _ = plugs.parse(field, text)
+    options = plugs.build(field, text, {key: row[0] for key, row in BACKBONES.items()})
+    _, module, misfit = BACKBONES[name]
+    problem = misfit(options, spec.size)
+    require(not problem, field, text, problem)
+    model = module(options, channels_out or spec.channels, spec.num_classes, DTYPES[precision])
+
+    def init(key: Array) -> Tree:
+        x = jnp.zeros((1, *spec.shape))
+        label = jnp.zeros((1,), jnp.int32) if spec.num_classes else None
+        return model.init(key, x, jnp.zeros((1,)), label, None)["params"]
+
+    def apply(params: Tree, x: Array, time: Array, label: Array | None, keys: Array | None = None) -> Array:
+        return model.apply({"params": params}, x, time, label, keys).astype(jnp.float32)
+
+    return Network(init=init, apply=jax.named_call(apply, name=name))
+
+
+def build_classifier(spec: ImageSpec, features: int) -> Network:
+    """A small classifier of images of `spec`, which has at least 2 classes.
+
+    Its `apply` is (params, x f32[B,H,W,C]) -> (logits f32[B,num_classes], last hidden layer f32[B,features]).
+    """
+    model = classifier.Classifier(spec.num_classes, classifier.stage_widths(spec.size), features)
+
+    def init(key: Array) -> Tree:
+        return model.init(key, jnp.zeros((1, *spec.shape)))["params"]
+
+    def apply(params: Tree, x: Array) -> tuple[Array, Array]:
+        return model.apply({"params": params}, x)
+
+    return Network(init=init, apply=jax.named_call(apply, name="classifier"))
