@@ -1,0 +1,34 @@
+"""Families put a network, an objective and a sampler together. One registry: name -> (settings, builder)."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from diffusion_jax import plugs
+from diffusion_jax.errors import UserError
+from diffusion_jax.families import diffusion
+from diffusion_jax.settings import from_section
+from diffusion_jax.types import Family, ImageSpec
+
+FAMILIES = {"diffusion": diffusion}
+"""A family is a module with `FamilySettings`, `Sampling` (dataclasses) and `build(settings, spec, precision)`."""
+
+
+def build(section: Mapping[str, Any], spec: ImageSpec, precision: str) -> Family:
+    """The family that the config's `family` section describes, for images of `spec`.
+
+    Raises:
+      UserError: for an unknown name or field, or a value that the family refuses.
+    """
+    name = section.get("name", "")
+    if name not in FAMILIES:
+        raise UserError(f"family.name = {name!r}: there is no such family; {plugs.suggest(str(name), FAMILIES)}.")
+    module = FAMILIES[name]
+    own = {key: value for key, value in section.items() if key != "name"}
+    return module.build(from_section(module.FamilySettings, own, "family"), spec, precision)
+
+
+def default_fields(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The family's sections `family` and `sample` at their defaults, for a config file to start from."""
+    module = FAMILIES[name]
+    return {"name": name} | asdict(module.FamilySettings()), asdict(module.SampleSettings())
