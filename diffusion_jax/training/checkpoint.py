@@ -1,0 +1,108 @@
+"""Checkpoints: whole or not there at all. Orbax behind one class of ours.
+
+WORKDIR/checkpoints/STEP/ holds the parts of the `TrainState` as separate items, so that sampling reads the weights of
+one averaging profile and nothing else, and `about`, a JSON of the data position and of what the run was.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.settings import CheckpointSettings
+from diffusion_jax.types import TrainState, Tree, Weights
+
+PARTS = {"params": ("params",), "opt_state": ("opt_state",), "ema": ("ema",), "rest": ("step", "extra", "skipped")}
+"""Item of a checkpoint -> the fields of `TrainState` in it."""
+
+
+class Checkpoints:
+    """The checkpoints of a workdir.
+
+    Args:
+      workdir: the run's directory.
+      settings: which checkpoints to keep; None to read only.
+    """
+
+    def __init__(self, workdir: Path, settings: CheckpointSettings | None = None) -> None:
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+        if settings:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=settings.keep,
+                keep_period=settings.keep_every or None,
+                cleanup_tmp_directories=True,  # of a save that was killed half-way
+            )
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps of the whole checkpoints, ascending."""
+        return sorted(self.manager.all_steps())
+
+    def save(self, state: TrainState, step: int, about: Mapping[str, Any]) -> None:
+        """Write `state` in the background; its arrays may be donated as soon as this returns.
+
+        Args:
+          state: the state to save.
+          step: its number of finished steps; nothing is written where that step is saved already.
+          about: plain JSON: the position in the data and the config.
+        """
+        if step in self.manager.all_steps():
+            return
+        items = {item: ocp.args.StandardSave(fields_of(state, item)) for item in PARTS}
+        self.manager.save(step, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(dict(about))), force=True)
+
+    def restore(self, abstract: TrainState, step: int) -> TrainState:
+        """The state at `step`, laid out as `abstract` (shapes and shardings) says.
+
+        Raises:
+          UserError: where the checkpoint is damaged or of another model.
+        """
+        args = {item: ocp.args.StandardRestore(fields_of(abstract, item)) for item in PARTS}
+        restored = self._read(step, args)
+        return TrainState(**{name: value for item in PARTS for name, value in restored[item].items()})
+
+    def restore_weights(self, abstract: Weights, step: int, profile: str) -> Weights:
+        """The weights of one averaging profile, or with "none" the plain parameters, laid out as `abstract`.
+
+        Raises:
+          UserError: where the checkpoint is damaged or of another model.
+        """
+        item = "params" if profile == "none" else "ema"
+        wanted = {"params": abstract} if profile == "none" else {"ema": {profile: abstract}}
+        args = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        restored = self._read(step, {item: args})[item][item]
+        return restored if profile == "none" else restored[profile]
+
+    def _read(self, step: int, args: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as error:  # orbax, tensorstore and the file system each raise their own
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            others = [str(other) for other in self.steps() if other != step]
+            advice = f"move it away to go on from step {others[-1]}" if others else "and it is the only checkpoint"
+            raise UserError(f"{self.directory / str(step)} cannot be restored ({reason[:300]}); {advice}.") from error
+
+    def wait(self) -> None:
+        """Block until the last save is on disk."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish and release the threads."""
+        self.wait()
+        self.manager.close()
+
+
+def fields_of(state: TrainState, item: str) -> dict[str, Tree]:
+    """The fields of the state that an item of a checkpoint holds."""
+    return {name: getattr(state, name) for name in PARTS[item]}
+
+
+def abstract_like(shapes: Tree, shardings: Tree) -> Tree:
+    """`jax.ShapeDtypeStruct`s with shardings: what to restore into."""
+    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
