@@ -1,0 +1,161 @@
+"""A run, assembled from its config: what all commands share. Building one compiles nothing and writes nothing."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from diffusion_jax import data, families, settings
+from diffusion_jax.data.source import Dataset
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import features, report
+from diffusion_jax.sampling import Sampler
+from diffusion_jax.training import sharding
+from diffusion_jax.training.checkpoint import Checkpoints, abstract_like
+from diffusion_jax.training.step import Trainer
+from diffusion_jax.types import Family, Tree, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that a config describes.
+
+    Attributes:
+      config: nested plain dictionaries, as JSON keeps them.
+      options: the config's own sampling options.
+    """
+
+    config: dict[str, Any]
+    settings: settings.Settings
+    dataset: Dataset
+    family: Family
+    trainer: Trainer
+    mesh: Mesh
+    sampler: Sampler
+    options: Tree
+
+    def weights_like(self) -> Weights:
+        """Shapes and shardings of the weights."""
+        shapes = jax.eval_shape(self.trainer.init).params
+        return abstract_like(shapes, sharding.infer({"params": shapes}, self.mesh, self.settings.mesh)["params"])
+
+    def feed(self) -> data.Feed:
+        """The training batches."""
+        train = self.settings.train
+        return data.build_feed(
+            self.dataset,
+            batch_size=train.batch_size,
+            seed=self.settings.seed,
+            rows=NamedSharding(self.mesh, sharding.BATCH),
+            steps_per_chunk=train.log_every,
+            device_megabytes=self.settings.data.device_megabytes,
+        )
+
+    def judge(self, weights: Weights, light: bool = False) -> dict[str, Any]:
+        """Sample with the config's own options and judge against held-out images."""
+        chosen = self.settings.evaluate
+        count = chosen.light_samples if light else chosen.num_samples
+        labels = self.sampler.labels(count)
+        images = self.sampler.draw(weights, self.settings.seed, labels, count, self.options)
+        return self.judge_samples(images, labels, light)
+
+    def judge_samples(self, images: np.ndarray, labels: np.ndarray | None, light: bool = False) -> dict[str, Any]:
+        """Judge images uint8 [N,H,W,C] against held-out images."""
+        judge = features.build(self.dataset)
+        return report.judge(images, labels, self.dataset, judge, self.settings.evaluate, light=light)
+
+
+def assemble(config: Mapping[str, Any]) -> Run:
+    """Check a config and build all that it names.
+
+    Raises:
+      UserError: naming the field, its value and what would be right.
+    """
+    checked = settings.from_config(config)
+    mesh = sharding.make_mesh(checked.mesh)
+    sharding.check_rules(checked.mesh)
+    micro = checked.train.batch_size // checked.train.accumulate
+    sharding.check_batch(mesh, "train.batch_size / train.accumulate", micro)
+    dataset = data.build(checked.data)
+    family = families.build(checked.family, dataset.spec, checked.precision)
+    return Run(
+        config=plain(config),
+        settings=checked,
+        dataset=dataset,
+        family=family,
+        trainer=Trainer(family, checked.train, checked.seed),
+        mesh=mesh,
+        sampler=Sampler(family, dataset.spec, mesh, checked.sample.batch_size),
+        options=family.sampling(checked.sampling),
+    )
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(config))
+
+
+def open_workdir(workdir: str) -> Run:
+    """The run that a workdir's config.json describes.
+
+    Raises:
+      UserError: where there is no readable config.
+    """
+    file = Path(workdir) / "config.json"
+    if not file.is_file():
+        raise UserError(f"--workdir={workdir}: there is no run here (no config.json); train one first.")
+    return assemble(read_json(file))
+
+
+def load_weights(run: Run, workdir: str, profile: str, step: int | None) -> tuple[Weights, int]:
+    """The weights of an averaging profile at a checkpoint, and its step; the newest where `step` is None.
+
+    Raises:
+      UserError: for an unknown profile, or a checkpoint that is not there or cannot be read.
+    """
+    profiles = ("none", *run.settings.train.ema)
+    if profile not in profiles:
+        raise UserError(f"--ema={profile}: there is no such averaging profile; known: {', '.join(profiles)}.")
+    directory = Path(workdir) / "checkpoints"
+    checkpoints = Checkpoints(Path(workdir)) if directory.is_dir() else None
+    steps = checkpoints.steps() if checkpoints else []
+    if not steps:
+        raise UserError(f"--workdir={workdir}: there is no checkpoint yet; go on training first.")
+    if step is not None and step not in steps:
+        raise UserError(f"--step={step}: there is no such checkpoint; there are {', '.join(map(str, steps))}.")
+    step = steps[-1] if step is None else step
+    return checkpoints.restore_weights(run.weights_like(), step, profile), step
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      UserError: where the file is not one.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object.")
+    return content
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, file)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, whole or not at all."""
+    write_whole(file, (json.dumps(content, indent=2) + "\n").encode())
