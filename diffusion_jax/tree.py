@@ -22,6 +22,11 @@ def all_finite(tree: Tree) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
+def norm(tree: Tree) -> Array:
+    """f32[]: the Euclidean norm of all leaves together."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
 def where(condition: Array, yes: Tree, no: Tree) -> Tree:
     """`yes` where `condition` (bool[]) holds, `no` elsewhere, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

@@ -92,7 +92,7 @@ def decode(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
       UserError: where the file is not one.
     """
     try:
-        with np.load(file) as content:
+        with file.open("rb") as handle, np.load(handle) as content:
             images = content["images"]
             labels = content.get("label", None)
     except (OSError, ValueError, KeyError, EOFError) as error:

@@ -26,7 +26,7 @@ def _ending(t: Array, steps: Array) -> Array:
 
 def uniform() -> Grid:
     """t_i = 1 - i / steps."""
-    return lambda schedule, steps: _ending(1.0 - _index() / steps, steps)
+    return lambda schedule, steps: _ending(1.0 - _index() / _float(steps), steps)
 
 
 def karras(rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Grid:
@@ -35,7 +35,7 @@ def karras(rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) 
         raise ValueError(f"needs rho > 0 and 0 < sigma_min < sigma_max, not {rho}, {sigma_min} and {sigma_max}")
 
     def times(schedule: Schedule, steps: Array) -> Array:
-        u = jnp.clip(_index() / jnp.maximum(steps - 1, 1), 0.0, 1.0)
+        u = jnp.clip(_index() / _float(jnp.maximum(steps - 1, 1)), 0.0, 1.0)
         high, low = sigma_max ** (1.0 / rho), sigma_min ** (1.0 / rho)
         ratio = (high + u * (low - high)) ** rho
         return _ending(jnp.clip(schedule.time(-2.0 * jnp.log(ratio)), 0.0, 1.0), steps)
@@ -45,6 +45,10 @@ def karras(rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) 
 
 def _index() -> Array:
     return jnp.arange(MAX_STEPS + 1, dtype=jnp.float32)
+
+
+def _float(steps: Array) -> Array:
+    return jnp.asarray(steps, jnp.float32)
 
 
 GRIDS = {"uniform": uniform, "karras": karras}

@@ -61,7 +61,7 @@ def edm(sigma_data: float = 0.5) -> Weighting:
 
 
 def sigmoid(bias: float = 0.0) -> Weighting:
-    """The sigmoid of bias - logsnr on the squared error of eps (Kingma & Gao 2023, section 4.2; Hoogeboom et al. 2024)."""
+    """The sigmoid of bias - logsnr on eps's squared error (Kingma & Gao 2023, section 4.2; Hoogeboom et al. 2024)."""
 
     def weight(alpha: Array, sigma: Array) -> Array:
         ratio = (alpha / sigma) ** 2

@@ -14,10 +14,10 @@ from diffusion_jax.networks import Network
 from diffusion_jax.types import Array, ImageSpec, Tree
 
 VERSION = 1  # to be raised whenever anything here, or in networks/classifier.py, changes the features
-EPOCHS, BATCH, MAX_STEPS = 40, 32, 6000
+EPOCHS, BATCH, MAX_STEPS = 40, 32, 4000
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 1e-2
 FEATURES = 64
-COMPONENT_IMAGES = 2000
+COMPONENT_IMAGES = 2000  # that principal components are taken of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +102,14 @@ def _shift(key: Array, x: Array) -> Array:
 
 
 def principal_components(images: np.ndarray) -> Extractor:
-    """Up to 64 leading principal components of (the first 2,000 of) the training images u8[N,H,W,C], N at least 2.
+    """Up to 64 leading principal components of training images u8[N,H,W,C], N at least 2.
 
     They keep their scales relative to each other; together they have variance 1 a component.
     """
     count = min(FEATURES, len(images) - 1, images[0].size)
 
     def fit() -> Tree:
-        x = images[:COMPONENT_IMAGES].reshape(-1, images[0].size).astype(np.float64) / 127.5 - 1.0
+        x = images.reshape(len(images), -1).astype(np.float64) / 127.5 - 1.0
         mean = x.mean(0)
         _, values, axes = np.linalg.svd(x - mean, full_matrices=False)
         scale = np.sqrt(np.mean(values[:count] ** 2) / (len(x) - 1)) + 1e-6

@@ -26,6 +26,8 @@ class Features:
     Attributes:
       name: of the extractor, with its number of features.
       digest: hash of the training images, their labels, the architecture and the recipe.
+      fingerprint: hash of the fitted weights. Another version of jax, or another device, rounds otherwise and so fits
+        others from the same recipe: only figures with the same fingerprint compare directly; ratios to the floor do.
       spec: what the images look like.
       weights: what `forward` needs.
       forward: jitted (weights, u8[256,H,W,C]) -> features f32[256,D], logits f32[256,num_classes] or None.
@@ -33,6 +35,7 @@ class Features:
 
     name: str
     digest: str
+    fingerprint: str
     spec: ImageSpec
     weights: Tree
     forward: Callable[[Tree, Array], tuple[Array, Array | None]]
@@ -66,9 +69,10 @@ class Features:
 def build(dataset: Dataset) -> Features:
     """The extractor for `dataset`: from the cache, or trained now on (at most 50,000 of) its training images."""
     spec = dataset.spec
-    train = choose(dataset.train, MAX_IMAGES)
+    labelled = spec.num_classes > 1
+    train = choose(dataset.train, MAX_IMAGES if labelled else extractors.COMPONENT_IMAGES)
     images = quantise(train.image, spec)
-    labels = train.label if spec.num_classes > 1 else None
+    labels = train.label if labelled else None
     if labels is None:
         extractor = extractors.principal_components(images)
     else:
@@ -81,4 +85,11 @@ def build(dataset: Dataset) -> Features:
         with jax.default_matmul_precision("highest"):  # else a TPU's features differ from a CPU's in the third digit
             return extractor.apply(weights, images)
 
-    return Features(name=extractor.name, digest=digest, spec=spec, weights=jax.device_put(weights), forward=forward)
+    return Features(
+        name=extractor.name,
+        digest=digest,
+        fingerprint=cache.fingerprint(weights),
+        spec=spec,
+        weights=jax.device_put(weights),
+        forward=forward,
+    )

@@ -108,7 +108,12 @@ def judge(
         },
         "frechet_ratio": values["frechet"] / max(floors["frechet"], 1e-12),
         "memorisation": memorisation.measure(made.image, held_out.image, train.image),
-        "features": {"name": features.name, "hash": features.digest, "held_out_accuracy": accuracy},
+        "features": {
+            "name": features.name,
+            "hash": features.digest,
+            "fingerprint": features.fingerprint,
+            "held_out_accuracy": accuracy,
+        },
         "n": n,
         "num_samples": len(images),
         "num_train": len(train.image),
@@ -163,7 +168,8 @@ def _intervals(
     """95 % intervals: both sets are drawn again, n of each with replacement, and each figure is taken again.
 
     For precision and recall the balls stay those of one draw without repetitions (an image that stands twice would
-    shrink its own ball to nothing); which images fall inside is drawn again.
+    shrink its own ball to nothing); which images fall inside is drawn again. On the digits that gives a standard
+    deviation of 0.011, where 599 other digits give 0.014. The Fréchet distance's is too large instead: 0.28 for 0.17.
     """
     generator = np.random.default_rng(1)
     sizes = len(sample.image), len(held_out.image)
@@ -214,5 +220,5 @@ def _notes(report: dict[str, Any]) -> list[str]:
     return [
         f"{report['num_samples']} samples; each figure is of {report['n']} against {report['n']} held-out images, "
         f"mean of {report['subsets']} draws; floor: {report['n']} real training images in their place.",
-        f"features: {features['name']} ({features['hash']}){recognised}.",
+        f"features: {features['name']} ({features['fingerprint']}){recognised}.",
     ]

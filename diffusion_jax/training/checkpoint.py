@@ -52,7 +52,7 @@ class Checkpoints:
         """
         if step in self.manager.all_steps():
             return
-        items = {item: ocp.args.StandardSave(fields_of(state, item)) for item in PARTS}
+        items = {item: ocp.args.PyTreeSave(fields_of(state, item)) for item in PARTS}
         self.manager.save(step, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(dict(about))), force=True)
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
@@ -61,8 +61,7 @@ class Checkpoints:
         Raises:
           UserError: where the checkpoint is damaged or of another model.
         """
-        args = {item: ocp.args.StandardRestore(fields_of(abstract, item)) for item in PARTS}
-        restored = self._read(step, args)
+        restored = self._read(step, {item: fields_of(abstract, item) for item in PARTS})
         return TrainState(**{name: value for item in PARTS for name, value in restored[item].items()})
 
     def restore_weights(self, abstract: Weights, step: int, profile: str) -> Weights:
@@ -73,15 +72,17 @@ class Checkpoints:
         """
         item = "params" if profile == "none" else "ema"
         wanted = {"params": abstract} if profile == "none" else {"ema": {profile: abstract}}
-        args = ocp.args.PyTreeRestore(
-            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-        )
-        restored = self._read(step, {item: args})[item][item]
+        restored = self._read(step, {item: wanted})[item][item]
         return restored if profile == "none" else restored[profile]
 
-    def _read(self, step: int, args: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _read(self, step: int, wanted: Mapping[str, Tree]) -> Mapping[str, Tree]:
+        def into(tree: Tree) -> ocp.args.PyTreeRestore:
+            restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+            return ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
+
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(**args))
+            args = ocp.args.Composite(**{item: into(tree) for item, tree in wanted.items()})
+            return self.manager.restore(step, args=args)
         except Exception as error:  # orbax, tensorstore and the file system each raise their own
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             others = [str(other) for other in self.steps() if other != step]

@@ -8,7 +8,7 @@ from diffusion_jax.types import Array
 
 
 class Rule(Protocol):
-    """(step i32[], 1 at the first update) -> f32[] in [0, 1]: ema <- decay ema + (1 - decay) params."""
+    """(step f32[], 1 at the first update) -> f32[] in [0, 1]: ema <- decay ema + (1 - decay) params."""
 
     def __call__(self, step: Array) -> Array: ...  # noqa: D102
 

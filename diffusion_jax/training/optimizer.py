@@ -2,7 +2,9 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import optax
 
 from diffusion_jax import plugs
@@ -21,7 +23,17 @@ def build(train: TrainSettings) -> optax.GradientTransformation:
     rate = learning_rate(train)
     optimizer = plugs.build("train.optimizer", train.optimizer, table, learning_rate=rate)
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
-    return optax.chain(clip, optimizer)
+    return _with_optax_promotion(optax.chain(clip, optimizer))
+
+
+def _with_optax_promotion(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Let optax mix integer counts with float rates, also where the rest of a program is strict about dtypes."""
+
+    def update(*args: Any) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return inner.update(*args)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def learning_rate(train: TrainSettings) -> Callable:

@@ -82,7 +82,7 @@ class Trainer:
     ) -> tuple[TrainState, Array, Metrics]:
         """One player's update: (state, whether loss and gradient were finite, metrics)."""
         loss, aux, gradient = self.gradient(player, state, batch, frozen)
-        norm = optax.global_norm(gradient)
+        norm = tree.norm(gradient)
         params = state.params[player.name]
         change, opt_state = self.optimizer.update(gradient, state.opt_state[player.name], params)
         new = replace(
@@ -131,7 +131,7 @@ class Trainer:
         """Every profile's ema <- decay ema + (1 - decay) params."""
 
         def towards(rule: ema.Rule, old: Tree) -> Tree:
-            decay = rule(state.step + 1)
+            decay = rule((state.step + 1).astype(jnp.float32))
             return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, old, state.params)
 
         averages = {name: towards(rule, state.ema[name]) for name, rule in self.rules.items()}
