@@ -29,6 +29,11 @@ def uniform() -> Grid:
     return lambda schedule, steps: _ending(1.0 - _index() / _float(steps), steps)
 
 
+def quadratic() -> Grid:
+    """t_i = (1 - i / steps)^2: small steps at the end, where the details are decided (Song et al. 2021, appendix D.2)."""
+    return lambda schedule, steps: _ending((1.0 - _index() / _float(steps)) ** 2, steps)
+
+
 def karras(rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Grid:
     """Equal steps in (sigma/alpha)^(1/rho) from sigma_max to sigma_min, then 0 (Karras et al. 2022, eq. 5)."""
     if not (rho > 0.0 and 0.0 < sigma_min < sigma_max):
@@ -51,4 +56,4 @@ def _float(steps: Array) -> Array:
     return jnp.asarray(steps, jnp.float32)
 
 
-GRIDS = {"uniform": uniform, "karras": karras}
+GRIDS = {"uniform": uniform, "quadratic": quadratic, "karras": karras}

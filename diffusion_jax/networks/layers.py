@@ -121,5 +121,4 @@ def sinusoidal(t: Array, features: int, max_period: float = 10_000.0) -> Array:
 
 def attention(q: Array, k: Array, v: Array) -> Array:
     """Softmax attention over [B,T,heads,head_dim], with logits and softmax in float32."""
-    with jax.numpy_dtype_promotion("standard"):  # jax's own mixes bfloat16 and float32
-        return jax.nn.dot_product_attention(q, k, v)
+    return jax.nn.dot_product_attention(q, k, v)

@@ -92,6 +92,14 @@ def test_malformed_rules_are_refused(rule):
         sharding.check_rules(MeshSettings(rules=(rule,)))
 
 
+@pytest.fixture
+def promotion_of_jax_attention():
+    """jax.nn.dot_product_attention and its gradient mix bfloat16 with float32, which strictness forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("promotion_of_jax_attention")
 def test_bfloat16_trains_and_keeps_its_parameters_in_float32():
     _, program, feed = toys.digits_run(toys.mesh(), network=WIDE, precision="bfloat16", steps=100, log_every=100)
     state, outcome = program.advance(program.init(), feed.chunk(0, 100), jnp.int32(100), {})
