@@ -11,6 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
+from diffusion_jax import files
 from diffusion_jax.cli import arguments
 from diffusion_jax.errors import UserError
 
@@ -54,6 +55,6 @@ def main(values: flags.FlagValues) -> None:
         profile = values.ema or judged.settings.sample.ema
         weights, step = run.load_weights(judged, workdir, profile, values.step)
         result = {"step": step, "ema": profile} | judged.judge(weights)
-    run.write_json(out, result)
+    files.write_json(out, result)
     print(report.render(result), file=sys.stderr if values.json else sys.stdout)
     print(json.dumps(result) if values.json else f"\nsaved in {out}")

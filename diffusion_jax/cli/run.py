@@ -1,7 +1,6 @@
 """A run, assembled from its config: what all commands share. Building one compiles nothing and writes nothing."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from diffusion_jax import data, families, settings
 from diffusion_jax.data.source import Dataset
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import features, report
+from diffusion_jax.files import read_json
 from diffusion_jax.sampling import Sampler
 from diffusion_jax.training import sharding
 from diffusion_jax.training.checkpoint import Checkpoints, abstract_like
@@ -131,31 +131,3 @@ def load_weights(run: Run, workdir: str, profile: str, step: int | None) -> tupl
         raise UserError(f"--step={step}: there is no such checkpoint; there are {', '.join(map(str, steps))}.")
     step = steps[-1] if step is None else step
     return checkpoints.restore_weights(run.weights_like(), step, profile), step
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-      UserError: where the file is not one.
-    """
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object.")
-    return content
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, whole or not at all."""
-    write_whole(file, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,14 +1,10 @@
 """What a command does before it uses jax: the persistent compilation cache, in the user's cache directory."""
 
 import os
-from pathlib import Path
 
 import jax
 
-
-def cache_directory() -> Path:
-    """Where what can be made again is kept: $XDG_CACHE_HOME/diffusion_jax, by default ~/.cache/diffusion_jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion_jax"
+from diffusion_jax.files import cache_directory
 
 
 def prepare() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
+from diffusion_jax import files
 from diffusion_jax.cli import arguments
 from diffusion_jax.errors import UserError
 
@@ -73,7 +74,7 @@ def main(values: flags.FlagValues) -> None:
         "sample": {**made_by.settings.sampling, **changed},
         "config": made_by.config,
     }
-    run.write_whole(out, encode(images, labels, about) if out.suffix == ".npz" else pictures.png(images))
+    files.write_whole(out, encode(images, labels, about) if out.suffix == ".npz" else pictures.png(images))
     print(f"{len(images)} images of step {step} in {out}")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from diffusion_jax import files
 from diffusion_jax.cli import arguments
 from diffusion_jax.errors import UserError
 
@@ -76,11 +77,9 @@ def keep_config(workdir: Path, config: Mapping[str, Any], override: bool) -> Non
     Raises:
       UserError: naming the fields that contradict the saved config.
     """
-    from diffusion_jax.cli import run as runs
-
     file = workdir / "config.json"
     if file.exists():
-        saved = runs.read_json(file)
+        saved = files.read_json(file)
         fields = differences(saved, config)
         if fields and not override:
             raise UserError(
@@ -89,8 +88,8 @@ def keep_config(workdir: Path, config: Mapping[str, Any], override: bool) -> Non
             )
         if fields:
             number = len(list(workdir.glob("config.before-override-*.json")))
-            runs.write_json(workdir / f"config.before-override-{number}.json", saved)
-    runs.write_json(file, config)
+            files.write_json(workdir / f"config.before-override-{number}.json", saved)
+    files.write_json(file, config)
 
 
 def differences(saved: Mapping[str, Any], config: Mapping[str, Any], path: str = "") -> list[str]:
@@ -164,25 +163,23 @@ def tasks(run: "Run", workdir: Path, checkpoints: "Checkpoints", logbook: "Logbo
 def draw_grid(run: "Run", workdir: Path, state: "TrainState", step: int) -> Path:
     """Write WORKDIR/samples/STEP.png: a hundred images, the classes in columns."""
     from diffusion_jax.cli import pictures
-    from diffusion_jax.cli.run import write_whole
 
     weights = run.trainer.weights(state, run.settings.sample.ema)
     images = run.sampler.draw(weights, run.settings.seed, run.sampler.labels(100), 100, run.options)
     file = workdir / "samples" / f"{step}.png"
-    write_whole(file, pictures.png(images))
+    files.write_whole(file, pictures.png(images))
     return file
 
 
 def finish(run: "Run", workdir: Path, state: "TrainState", step: int) -> None:
     """The last grid, the full evaluation, and what to try next."""
-    from diffusion_jax.cli.run import write_json
     from diffusion_jax.evaluation import report
 
     file = draw_grid(run, workdir, state, step)
     print(f"judging {run.settings.evaluate.num_samples} samples", file=sys.stderr)
     profile = run.settings.sample.ema
     result = {"step": step, "ema": profile} | run.judge(run.trainer.weights(state, profile))
-    write_json(workdir / "evaluation.json", result)
+    files.write_json(workdir / "evaluation.json", result)
     print(report.render(result))
     print(f"\nsamples     {file}\nevaluation  {workdir / 'evaluation.json'}")
     print(f"\nNext:\n  diffusion-jax sample --workdir={workdir} --num_samples=100 --out=samples.png")

@@ -30,7 +30,7 @@ def uniform() -> Grid:
 
 
 def quadratic() -> Grid:
-    """t_i = (1 - i / steps)^2: small steps at the end, where the details are decided (Song et al. 2021, appendix D.2)."""
+    """t_i = (1 - i / steps)^2: small steps at the end, where details are decided (Song, Meng & Ermon 2021, D.2)."""
     return lambda schedule, steps: _ending((1.0 - _index() / _float(steps)) ** 2, steps)
 
 

@@ -1,9 +1,8 @@
 """Fitted features on disk, in the user's cache directory, by a hash of all that they depend on."""
 
 import hashlib
+import io
 import logging
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from diffusion_jax import tree
+from diffusion_jax import files, tree
 from diffusion_jax.types import Tree
 
 _BROKEN = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
@@ -36,9 +35,8 @@ def fingerprint(arrays: Tree) -> str:
 
 
 def path(name: str) -> Path:
-    """Where the features with the digest `name` are kept: $XDG_CACHE_HOME or ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "diffusion_jax" / "features" / f"{name}.npz"
+    """Where the features with the digest `name` are kept."""
+    return files.cache_directory() / "features" / f"{name}.npz"
 
 
 def fetch(name: str, abstract: Tree, fit: Callable[[], Tree]) -> Tree:
@@ -74,13 +72,6 @@ def _load(file: Path, abstract: Tree) -> Tree:
 
 
 def _save(file: Path, arrays: Tree) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    named = {tree.path_name(key): leaf for key, leaf in jax.tree.leaves_with_path(arrays)}
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            np.savez(stream, **named)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    buffer = io.BytesIO()
+    np.savez(buffer, **{tree.path_name(key): leaf for key, leaf in jax.tree.leaves_with_path(arrays)})
+    files.write_whole(file, buffer.getvalue())

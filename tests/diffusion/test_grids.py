@@ -56,7 +56,9 @@ def test_karras_is_a_statement_about_noise_over_signal(schedule, text, rho, low,
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 7, 100])
 def test_uniform(schedule, steps):
-    np.testing.assert_allclose(times("uniform", schedule, steps)[: steps + 1], np.linspace(1.0, 0.0, steps + 1), atol=1e-7)
+    np.testing.assert_allclose(
+        times("uniform", schedule, steps)[: steps + 1], np.linspace(1.0, 0.0, steps + 1), atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -14,9 +14,7 @@ PAIRINGS = [(p, s) for p in PREDICTIONS for s in SCHEDULES]
 
 
 def build(prediction, schedule):
-    return plugs.build(
-        "prediction", prediction, PREDICTIONS, schedule=plugs.build("schedule", schedule, SCHEDULES)
-    )
+    return plugs.build("prediction", prediction, PREDICTIONS, schedule=plugs.build("schedule", schedule, SCHEDULES))
 
 
 def allowed(prediction, schedule):
@@ -169,7 +167,9 @@ def test_the_network_sees_inputs_of_order_one(name, schedule, x64):
     scale = prediction.input_scale(t)
     for variance in (0.1, 0.25, 1.0):
         total = scale**2 * (variance * prediction.schedule.alpha(t) ** 2 + prediction.schedule.sigma(t) ** 2)
-        assert np.all(np.asarray(total) <= (1.0 if name != "edm" else variance / 0.5**2 if variance > 0.25 else 1.0) + 1e-9)
+        assert np.all(
+            np.asarray(total) <= (1.0 if name != "edm" else variance / 0.5**2 if variance > 0.25 else 1.0) + 1e-9
+        )
         assert np.all(np.asarray(total) >= 0.09)
 
 

@@ -46,7 +46,9 @@ def test_signal_falls_and_noise_prevails_at_the_end(schedule, x64):
     ratio = np.asarray(logsnr(schedule, jnp.linspace(0.0, 1.0, 501)))
     assert ratio[0] == np.inf
     assert np.all(np.diff(ratio[1:]) < 0.0)
-    assert ratio[-1] < -2.0 * np.log(50.0)  # sampling starts from pure noise: what is left of the data must be next to 0
+    assert ratio[-1] < -2.0 * np.log(
+        50.0
+    )  # sampling starts from pure noise: what is left of the data must be next to 0
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)

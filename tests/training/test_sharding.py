@@ -49,7 +49,9 @@ def test_what_is_large_is_cut_and_state_lies_with_its_parameter():
     assert params["mlp_in"]["kernel"].sharding.spec == P("fsdp", "tensor")
     assert params["mlp_out"]["kernel"].sharding.spec == P("tensor", "fsdp")
     assert params["mlp_in"]["kernel"].addressable_shards[0].data.size == params["mlp_in"]["kernel"].size // 4
-    mu = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(moments) if "mlp_in" in str(path) and leaf.ndim == 2]
+    mu = [
+        leaf for path, leaf in jax.tree_util.tree_leaves_with_path(moments) if "mlp_in" in str(path) and leaf.ndim == 2
+    ]
     assert mu
     assert all(leaf.sharding.spec == P("fsdp", "tensor") for leaf in mu)
     assert state.ema["main"]["denoiser"]["block_0"]["mlp_in"]["kernel"].sharding.spec == P("fsdp", "tensor")
@@ -64,7 +66,10 @@ def test_rules_of_the_config_come_first():
 
 
 def test_axes_that_do_not_divide_stay_whole():
-    abstract = {"odd": jax.ShapeDtypeStruct((333, 335), jnp.float32), "long": jax.ShapeDtypeStruct((7, 40_000), jnp.float32)}
+    abstract = {
+        "odd": jax.ShapeDtypeStruct((333, 335), jnp.float32),
+        "long": jax.ShapeDtypeStruct((7, 40_000), jnp.float32),
+    }
     found = sharding.infer(abstract, toys.mesh(1, 8, 1), MeshSettings())
     assert found["odd"].spec in (P(), P(None, None))
     assert found["long"].spec == P(None, "fsdp")

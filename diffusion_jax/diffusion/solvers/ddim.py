@@ -36,6 +36,8 @@ class DDIM:
         sigma_s = schedule.sigma(s)
         snr_ratio = (schedule.alpha(t) * sigma_s / (schedule.alpha(s) * schedule.sigma(t))) ** 2
         noise = self.eta * sigma_s * jnp.sqrt(jnp.maximum(1.0 - snr_ratio, 0.0))
-        x = over(schedule.alpha(s), x) * x0 + over(jnp.sqrt(sigma_s**2 - noise**2), x) * eps
+        # sqrt(sigma_s^2 - noise^2), written so that it neither cancels nor rounds to below 0 where alpha_t is next to 0
+        kept = sigma_s * jnp.sqrt(1.0 - self.eta**2 + self.eta**2 * jnp.minimum(snr_ratio, 1.0))
+        x = over(schedule.alpha(s), x) * x0 + over(kept, x) * eps
         add = lambda x: x + over(noise, x) * rng.normal(keys, x.shape[1:], x.dtype)
         return jax.lax.cond(noise > 0.0, add, lambda x: x, x), carry

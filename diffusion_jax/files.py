@@ -1,0 +1,55 @@
+"""Files that are whole or not there, and where what can be made again is kept."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion_jax.errors import UserError
+
+
+def cache_directory() -> Path:
+    """The user's cache of this project: $XDG_CACHE_HOME/diffusion_jax, by default ~/.cache/diffusion_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion_jax"
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all; its directory is made where it is not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, file)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, whole or not at all."""
+    write_whole(file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      UserError: where the file is not one.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object.")
+    return content

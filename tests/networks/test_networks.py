@@ -1,0 +1,342 @@
+"""Networks: published sizes, invariances, and bfloat16 against float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import networks, rng, tree
+from diffusion_jax.errors import UserError
+from diffusion_jax.networks import dit, layers
+from diffusion_jax.types import ImageSpec
+
+SPEC = ImageSpec(size=8, channels=3, num_classes=5)
+TINY = {
+    "dit": "dit(patch=2,width=32,depth=2,heads=2)",
+    "unet": "unet(channels=32,multipliers=(1,2),blocks=1,attention=(4,),dropout=0.0)",
+}
+DROPPING = {"dit": TINY["dit"][:-1] + ",dropout=0.5)", "unet": TINY["unet"].replace("0.0", "0.5")}
+
+
+def test_every_backbone_is_tested_here():
+    assert set(TINY) == set(networks.BACKBONES)
+
+
+@pytest.fixture(params=TINY)
+def name(request):
+    return request.param
+
+
+@functools.cache
+def network(text, precision="float32", spec=SPEC):
+    """(parameters, drawn at random so that nothing is 0 any more; the compiled apply)."""
+    net = networks.build("family.network", text, spec, precision)
+    params = jax.jit(net.init)(jax.random.key(0))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # weights of a layer with n inputs: 1 / sqrt(n); biases, scales and labels: off by 0.3
+    noise = [
+        leaf + jax.random.normal(key, leaf.shape) * (0.3 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, noise), jax.jit(net.apply)
+
+
+def inputs(batch=4, spec=SPEC):
+    x = jax.random.normal(jax.random.key(2), (batch, *spec.shape))
+    return x, jnp.linspace(0.1, 0.9, batch), jnp.arange(batch) % spec.num_classes
+
+
+# ------------------------------------------------------------------------------------------ published sizes
+
+
+def parameters(text, size, channels, num_classes, channels_out=None):
+    spec = ImageSpec(size=size, channels=channels, num_classes=num_classes)
+    net = networks.build("family.network", text, spec, channels_out=channels_out)
+    return tree.count(jax.eval_shape(net.init, jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "published", "counts_positions"),
+    [
+        (384, 12, 6, 32_963_360, True),  # S/2
+        (768, 12, 12, 130_512_416, True),  # B/2
+        (1024, 24, 16, 458_102_816, True),  # L/2
+        (1152, 28, 16, 674_834_720, False),  # XL/2
+    ],
+    ids=["S", "B", "L", "XL"],
+)
+def test_published_dit_sizes(width, depth, heads, published, counts_positions):
+    """Of facebookresearch/DiT at 32x32x4 latents, 1000 classes, 8 channels out (mean and variance).
+
+    Some counts include its table of positions, 256 positions x width, which is fixed; ours is computed, not stored.
+    """
+    text = f"dit(patch=2,width={width},depth={depth},heads={heads})"
+    assert parameters(text, 32, 4, 1000, channels_out=8) == published - 256 * width * counts_positions
+
+
+def test_published_unet_size():
+    """DDPM's for CIFAR-10, "35.7 million parameters" (Ho et al. 2020, appendix B), counted in their code: 35,746,307."""
+    assert parameters("unet", 32, 3, 0) == 35_746_307
+
+
+# ------------------------------------------------------------------------------------------ at initialisation
+
+
+def test_output_is_zero_at_initialisation(name):
+    """adaLN-Zero (Peebles & Xie 2022, section 3.2) and DDPM's last convolution: the first prediction is 0."""
+    net = networks.build("family.network", TINY[name], SPEC)
+    y = jax.jit(net.apply)(jax.jit(net.init)(jax.random.key(0)), *inputs(), None)
+    assert y.shape == (4, 8, 8, 3)
+    np.testing.assert_array_equal(y, 0.0)
+
+
+def test_blocks_are_the_identity_at_initialisation():
+    block = dit.Block(dit.DiTOptions(width=32, heads=2), jnp.float32, 0)
+    x, condition = jax.random.normal(jax.random.key(0), (2, 16, 32)), jax.random.normal(jax.random.key(1), (2, 32))
+    params = jax.jit(lambda key: block.init(key, x, condition, None))(jax.random.key(2))
+    np.testing.assert_array_equal(block.apply(params, x, condition, None), x)
+    moved = jax.tree.map(lambda p: p + 0.05, params)
+    assert not np.allclose(block.apply(moved, x, condition, None), x)
+
+
+def test_all_parameters_learn(name):
+    """Given random parameters no gradient is 0 throughout: no layer is cut off."""
+    params, apply = network(TINY[name])
+    x, t, label = inputs()
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(apply(p, x, t, label, None) ** 2)))(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.abs(leaf).max() > 0.0, tree.path_name(path)
+
+
+# ------------------------------------------------------------------------------------------ invariances
+
+
+@pytest.mark.parametrize("spec", [SPEC, ImageSpec(size=12, channels=1, num_classes=0)], ids=["labels", "none"])
+def test_shape(name, spec):
+    net = networks.build("family.network", TINY[name], spec, channels_out=7)
+    params = jax.eval_shape(net.init, jax.random.key(0))
+    label = jax.ShapeDtypeStruct((2,), jnp.int32) if spec.num_classes else None
+    x, t = jax.ShapeDtypeStruct((2, *spec.shape), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    y = jax.eval_shape(net.apply, params, x, t, label)
+    assert (y.shape, y.dtype) == ((2, spec.size, spec.size, 7), jnp.float32)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
+def test_one_time_serves_all_examples(name):
+    params, apply = network(TINY[name])
+    x, _, label = inputs()
+    one = apply(params, x, jnp.float32([0.3]), label, None)
+    np.testing.assert_allclose(one, apply(params, x, jnp.full((4,), 0.3), label, None), atol=1e-5)
+
+
+def test_examples_do_not_see_each_other(name):
+    """Another image, time or label at place 1 changes the output at place 1, and nowhere else."""
+    params, apply = network(TINY[name])
+    x, t, label = inputs()
+    whole = np.asarray(apply(params, x, t, label, None))
+    others = {
+        "image": (x.at[1].add(1.0), t, label),
+        "time": (x, t.at[1].add(0.2), label),
+        "label": (x, t, label.at[1].set(4)),
+        "no label": (x, t, label.at[1].set(SPEC.num_classes)),
+    }
+    for what, changed in others.items():
+        y = np.asarray(apply(params, *changed, None))
+        np.testing.assert_allclose(y[[0, 2, 3]], whole[[0, 2, 3]], atol=1e-5, err_msg=what)
+        assert np.abs(y[1] - whole[1]).max() > 1e-2, what
+    np.testing.assert_allclose(apply(params, x[::-1], t[::-1], label[::-1], None), whole[::-1], atol=1e-5)
+
+
+def test_every_pixel_sees_every_other(name):
+    """Attention, or enough convolutions: a change in one corner reaches the opposite one."""
+    params, apply = network(TINY[name])
+    x, t, label = inputs()
+    moved = np.asarray(apply(params, x.at[:, 0, 0].add(3.0), t, label, None) - apply(params, x, t, label, None))
+    assert np.abs(moved[:, -1, -1]).min() > 1e-5
+
+
+def test_patches_are_cut_and_joined_in_place():
+    """A DiT whose blocks do nothing maps each patch on its own: a pixel reaches its own patch alone."""
+    net = networks.build("family.network", TINY["dit"], SPEC)
+    params = jax.jit(net.init)(jax.random.key(0))
+    params["patch_out"] = jax.tree.map(lambda p: p + jax.random.normal(jax.random.key(1), p.shape), params["patch_out"])
+    x, t, label = inputs()
+    apply = jax.jit(net.apply)
+    for row, column in ((0, 0), (3, 5), (7, 2)):
+        moved = apply(params, x.at[:, row, column].add(1.0), t, label, None) - apply(params, x, t, label, None)
+        rows, columns = np.nonzero(np.abs(np.asarray(moved)).max((0, 3)))
+        assert set(rows // 2) == {row // 2}
+        assert set(columns // 2) == {column // 2}
+
+
+# ------------------------------------------------------------------------------------------ positions and times
+
+
+def sincos(width, positions):
+    """get_1d_sincos_pos_embed_from_grid of facebookresearch/DiT, models.py."""
+    omega = 1.0 / 10000 ** (np.arange(width // 2, dtype=np.float64) / (width / 2.0))
+    out = np.outer(positions.reshape(-1), omega)
+    return np.concatenate([np.sin(out), np.cos(out)], axis=1)
+
+
+@pytest.mark.parametrize(("height", "width", "features"), [(16, 16, 384), (4, 4, 32), (3, 5, 16)])
+def test_positions_are_the_published_ones(height, width, features):
+    """get_2d_sincos_pos_embed: "here w goes first"."""
+    grid = np.stack(np.meshgrid(np.arange(width), np.arange(height)))
+    published = np.concatenate([sincos(features // 2, grid[0]), sincos(features // 2, grid[1])], axis=1)
+    np.testing.assert_allclose(dit.positions_2d(height, width, features), published, atol=2e-5)
+
+
+def test_time_embedding_is_the_published_one():
+    """timestep_embedding of facebookresearch/DiT (from ADM): cosines, then sines, of t in 0..1000."""
+    t = np.array([0.0, 1.0, 250.5, 999.0])
+    angles = t[:, None] * np.exp(-np.log(10000.0) * np.arange(128) / 128)
+    got = layers.sinusoidal(jnp.float32(t), 256)
+    np.testing.assert_allclose(got, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=2e-4)
+
+
+# ------------------------------------------------------------------------------------------ layers and bfloat16
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layer_norm(dtype):
+    """Statistics in float32 whatever the input: a mean 30 times the spread costs bfloat16 statistics all digits."""
+    x = (30.0 + jax.random.normal(jax.random.key(0), (3, 256))).astype(dtype)
+    exact = np.asarray(x, np.float64)
+    expected = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
+    y = layers.layer_norm(x)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), expected, rtol=1e-4 if dtype == jnp.float32 else 2**-8, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_group_norm(dtype):
+    """Wu & He 2018, eq. 1 to 3, with scale and bias."""
+    x = (30.0 + jax.random.normal(jax.random.key(0), (2, 6, 6, 64))).astype(dtype)
+    scale, bias = jax.random.normal(jax.random.key(1), (2, 64))
+    exact = np.asarray(x, np.float64).reshape(2, 36, 32, 2)
+    mean, variance = exact.mean((1, 3), keepdims=True), exact.var((1, 3), keepdims=True)
+    expected = ((exact - mean) / np.sqrt(variance + 1e-6)).reshape(2, 6, 6, 64) * np.asarray(scale) + np.asarray(bias)
+    y = layers.GroupNorm().apply({"params": {"scale": scale, "bias": bias}}, x)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-2 if dtype == jnp.bfloat16 else 1e-4
+    )
+
+
+def test_attention_is_softmax_attention():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 4))
+    scores = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(4.0)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(
+        layers.attention(q, k, v), np.einsum("bhts,bshd->bthd", weights, v), rtol=1e-4, atol=1e-5
+    )
+
+
+GRADIENT_TOLERANCE = 0.03
+"""bfloat16 has 8 bits: a product is off by 0.4 %, a dozen of them in a row by 1 to 2 %, at random. A bias gradient that
+is summed in bfloat16 is off by 24 % and more."""
+
+
+def test_gradients_in_bfloat16_are_those_of_float32(name):
+    """Of every parameter, in the norm, and with it the output. Enough rows that a sum in bfloat16 would show."""
+    spec = ImageSpec(size=16, channels=3, num_classes=5)
+    x, t, label = inputs(16, spec)
+    direction = jax.random.normal(jax.random.key(5), x.shape)
+
+    def gradient(precision):
+        params, apply = network(TINY[name], precision, spec)
+        loss = lambda p: jnp.mean((1.0 + direction) * apply(p, x, t, label, None))
+        return apply(params, x, t, label, None), jax.jit(jax.grad(loss))(params)
+
+    (exact, exact_gradient), (y, y_gradient) = gradient("float32"), gradient("bfloat16")
+    assert y.dtype == jnp.float32
+    assert np.linalg.norm(y - exact) / np.linalg.norm(exact) < GRADIENT_TOLERANCE
+    assert not np.array_equal(y, exact)  # it did compute in bfloat16
+    errors = jax.tree.map(lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)), y_gradient, exact_gradient)
+    table = {tree.path_name(path): error for path, error in jax.tree_util.tree_leaves_with_path(errors)}
+    bad = {path: error for path, error in table.items() if not error < GRADIENT_TOLERANCE}
+    assert not bad, (bad, sorted(table.values())[-5:])
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(y_gradient))
+
+
+# ------------------------------------------------------------------------------------------ dropout
+
+
+def example_keys(count, seed=0):
+    return rng.example_keys(jax.random.key(seed), jnp.arange(count))
+
+
+def test_dropout_keeps_the_mean():
+    """200,000 entries at rate 0.3: the mean of ones is 1 +- 0.0015, and what is kept is 1 / 0.7."""
+    y = np.asarray(layers.dropout(jnp.ones((20, 10_000)), 0.3, example_keys(20), layer=0))
+    np.testing.assert_allclose(y.mean(), 1.0, atol=0.006)
+    np.testing.assert_allclose(np.unique(y), [0.0, 1.0 / 0.7], rtol=1e-6)
+    rows = (y == 0.0).mean(1)
+    assert rows.std() < 0.01  # every example loses its share
+
+
+def test_dropout_is_off_without_keys():
+    x = jax.random.normal(jax.random.key(0), (2, 8))
+    np.testing.assert_array_equal(layers.dropout(x, 0.9, None, layer=0), x)
+    np.testing.assert_array_equal(layers.dropout(x, 0.0, example_keys(2), layer=0), x)
+
+
+def test_layers_and_examples_drop_independently():
+    ones, keys = jnp.ones((2, 4000)), example_keys(2)
+    first, second = (np.asarray(layers.dropout(ones, 0.5, keys, layer=i)) > 0 for i in (0, 1))
+    for a, b in ((first[0], first[1]), (first[0], second[0]), (first[1], second[1])):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.07  # 4 standard errors
+
+
+def test_what_an_example_loses_does_not_depend_on_its_batch(name):
+    params, apply = network(DROPPING[name])
+    x, t, label = inputs()
+    keys = example_keys(4)
+    whole = np.asarray(apply(params, x, t, label, keys))
+    turned = np.asarray(apply(params, x[::-1], t[::-1], label[::-1], keys[::-1]))
+    np.testing.assert_allclose(turned[::-1], whole, atol=1e-5)
+    other = np.asarray(apply(params, x, t, label, keys.at[2].set(jax.random.key(99))))
+    np.testing.assert_allclose(other[[0, 1, 3]], whole[[0, 1, 3]], atol=1e-5)
+    assert np.abs(other[2] - whole[2]).max() > 1e-2
+
+
+def test_network_without_keys_drops_nothing(name):
+    """Two networks that differ in their rate alone agree where no keys are given, and do not where they are."""
+    params, apply = network(DROPPING[name])
+    _, plain = network(TINY[name])
+    np.testing.assert_array_equal(apply(params, *inputs(), None), plain(params, *inputs(), None))
+    assert not np.allclose(apply(params, *inputs(), example_keys(4)), plain(params, *inputs(), None), atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------ what does not fit
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "says"),
+    [
+        ("dit(patch=3)", 8, "patch = 3 must divide the image size 8"),
+        ("dit(patch=2)", 9, "patch = 2 must divide the image size 9"),
+        ("dit(width=30,heads=3)", 8, "width"),
+        ("dit(width=32,heads=3)", 8, "heads"),
+        ("dit(depth=0)", 8, "depth"),
+        ("dit(dropout=1.0)", 8, "dropout"),
+        ("unet(multipliers=(1,2,2))", 10, "10 pixels"),
+        ("unet(channels=48)", 8, "32"),
+        ("unet(multipliers=())", 8, "multipliers"),
+        ("unet(multipliers=(1,0))", 8, "multipliers"),
+        ("unet(multipliers=(1,1.5))", 8, "multipliers"),
+        ("unet(blocks=0)", 8, "blocks"),
+        ("unet(dropout=-0.1)", 8, "dropout"),
+        ("dit(colour=3)", 8, "colour"),
+        ("resnet", 8, "resnet"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(text, size, says):
+    with pytest.raises(UserError, match=r"^family.network.*" + says):
+        networks.build("family.network", text, ImageSpec(size=size, channels=3, num_classes=0))

@@ -1,0 +1,153 @@
+"""Real processes and real signals: what is killed at any moment ends, once resumed, bit by bit where it would have."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax.cli import run as runs
+from diffusion_jax.training import sharding
+from diffusion_jax.training.checkpoint import Checkpoints, abstract_like
+
+STEPS = 240
+COMMAND = [
+    sys.executable,
+    "-m",
+    "diffusion_jax",
+    "train",
+    "--config=configs/digits.py:diffusion",
+    "--config.family.network=dit(patch=4,width=32,depth=1,heads=2)",
+    f"--config.train.steps={STEPS}",
+    "--config.train.batch_size=16",
+    "--config.train.log_every=5",
+    "--config.checkpoint.every=3",
+    "--config.sample.steps=2",
+    "--config.evaluate.num_samples=50",
+    "--config.evaluate.bootstrap=10",
+]
+ROOT = Path(__file__).parents[2]
+
+
+def start(workdir):
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "xla")}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*COMMAND, f"--workdir={workdir}"], cwd=ROOT, env=environment, **pipe)
+
+
+def finish(workdir):
+    process = start(workdir)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def wait_for(condition, process, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.01)
+
+
+def saved_steps(workdir):
+    """Steps whose checkpoint is whole, by the names on disk alone."""
+    return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+
+
+def final_state(workdir):
+    """The last checkpoint, read back whole."""
+    run = runs.open_workdir(str(workdir))
+    shapes = jax.eval_shape(run.trainer.init)
+    checkpoints = Checkpoints(workdir)
+    shardings = sharding.infer(shapes, run.mesh, run.settings.mesh)
+    state = checkpoints.restore(abstract_like(shapes, shardings), checkpoints.steps()[-1])
+    checkpoints.close()
+    return jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def never_interrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    finish(workdir)
+    return workdir, final_state(workdir)
+
+
+def check_same(workdir, never_interrupted):
+    reference_dir, reference = never_interrupted
+    state = final_state(workdir)
+    assert int(state.step) == STEPS
+    jax.tree.map(np.testing.assert_array_equal, state, reference)
+    rows, expected = (
+        [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        for directory in (workdir, reference_dir)
+    )
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    assert rows[-1]["loss"] == expected[-1]["loss"]
+
+
+def test_killed_again_and_again(tmp_path, never_interrupted):
+    """SIGKILL with checkpoints every 3 steps: in the middle of a save, right after one, and a while later."""
+    workdir = tmp_path / "run"
+    saving = lambda: list((workdir / "checkpoints").glob("*tmp*"))
+    for number, moment in enumerate(("while saving", "after a save", "while saving", "later")):
+        process = start(workdir)
+        before = max(saved_steps(workdir), default=0)
+        wait_for(lambda: max(saved_steps(workdir), default=0) > before + 9 * number, process)  # noqa: B023
+        if moment == "while saving":
+            wait_for(saving, process)
+        if moment == "later":
+            time.sleep(0.3)
+        kept = max(saved_steps(workdir))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+        assert max(saved_steps(workdir)) >= kept
+    finish(workdir)
+    check_same(workdir, never_interrupted)
+
+
+def test_asked_to_leave(tmp_path, never_interrupted):
+    """SIGTERM: one last checkpoint, status 0, and a sentence that says how to go on; then the same end."""
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_for(lambda: saved_steps(workdir), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    last = max(saved_steps(workdir))
+    assert f"saved at step {last}" in out
+    assert "diffusion-jax train --config=configs/digits.py:diffusion" in out
+    assert last < STEPS
+    assert not (workdir / "evaluation.json").exists()
+    finish(workdir)
+    assert (workdir / "evaluation.json").exists()
+    check_same(workdir, never_interrupted)
+
+
+def test_a_contradicting_config_is_refused_and_override_keeps_the_old_one(tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_for(lambda: saved_steps(workdir), process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    saved = (workdir / "config.json").read_bytes()
+
+    changed = [*COMMAND, f"--workdir={workdir}", "--config.train.learning_rate=0.5"]
+    refused = subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2
+    assert "train.learning_rate is 0.5, was" in refused.stderr
+    assert (workdir / "config.json").read_bytes() == saved
+
+    forced = subprocess.Popen([*changed, "--override"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for((workdir / "config.before-override-0.json").exists, forced)
+    forced.kill()
+    forced.communicate()
+    assert json.loads((workdir / "config.before-override-0.json").read_text()) == json.loads(saved)
+    assert json.loads((workdir / "config.json").read_text())["train"]["learning_rate"] == 0.5
