@@ -15,6 +15,8 @@ def get_config(family: str = "") -> ConfigDict:
     config = base(__file__, family, {"diffusion": diffusion})
     config.data.name = "digits"
     config.checkpoint.every = 500
+    config.sample.every = 1000
+    config.evaluate.every = 1000
     return config
 
 

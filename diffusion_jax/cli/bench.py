@@ -51,10 +51,9 @@ def train(run: Any, steps: int, repetitions: int) -> dict[str, Any]:
     import jax
 
     from diffusion_jax import tree
-    from diffusion_jax.training import loop
 
     feed = run.feed()
-    program = loop.compile_program(run.trainer, feed, run.mesh, run.settings.mesh)
+    program = run.program(feed)
     steps = min(steps, feed.capacity)
     chunk, count = feed.chunk(0, steps), tree.place(np.array(steps, np.int32), program.abstract.step.sharding)
     compile_s, advance = timed(lambda: program.advance.lower(program.abstract, chunk, count, {}).compile())

@@ -40,6 +40,9 @@ def main(argv: Sequence[str]) -> int:
             print(arguments.describe(name, command.__doc__, command.define))
             return 0
         command.main(arguments.parse(name, command.define, rest))
+    except KeyboardInterrupt:
+        print(f"diffusion-jax {name}: interrupted.", file=sys.stderr)
+        return 130
     except (UserError, RunError) as error:
         print(f"diffusion-jax {name}: {error}", file=sys.stderr)
         return error.status

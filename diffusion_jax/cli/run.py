@@ -1,5 +1,6 @@
 """A run, assembled from its config: what all commands share. Building one compiles nothing and writes nothing."""
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from diffusion_jax import data, families, settings
+from diffusion_jax.data import augment
 from diffusion_jax.data.source import Dataset
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import features, report
 from diffusion_jax.files import read_json
 from diffusion_jax.sampling import Sampler
-from diffusion_jax.training import sharding
+from diffusion_jax.training import loop, sharding
 from diffusion_jax.training.checkpoint import Checkpoints, abstract_like
 from diffusion_jax.training.step import Trainer
 from diffusion_jax.types import Family, Tree, Weights
@@ -57,6 +59,16 @@ class Run:
             device_megabytes=self.settings.data.device_megabytes,
         )
 
+    def program(self, feed: data.Feed) -> loop.Program:
+        """The compiled training run."""
+        flip = augment.flip if self.settings.data.flip else None
+        return loop.compile_program(self.trainer, feed, self.mesh, self.settings.mesh, flip)
+
+    @functools.cached_property
+    def extractor(self) -> features.Features:
+        """The space in which images are judged; fitted to the training images once, then kept in the user's cache."""
+        return features.build(self.dataset)
+
     def judge(self, weights: Weights, light: bool = False) -> dict[str, Any]:
         """Sample with the config's own options and judge against held-out images."""
         chosen = self.settings.evaluate
@@ -67,8 +79,7 @@ class Run:
 
     def judge_samples(self, images: np.ndarray, labels: np.ndarray | None, light: bool = False) -> dict[str, Any]:
         """Judge images uint8 [N,H,W,C] against held-out images."""
-        judge = features.build(self.dataset)
-        return report.judge(images, labels, self.dataset, judge, self.settings.evaluate, light=light)
+        return report.judge(images, labels, self.dataset, self.extractor, self.settings.evaluate, light=light)
 
 
 def assemble(config: Mapping[str, Any]) -> Run:

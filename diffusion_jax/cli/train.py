@@ -64,11 +64,15 @@ def main(values: flags.FlagValues) -> None:
         with preemption.leaving_at_once():
             finish(run, workdir, state, step)
     except Leave:
-        print(
-            f"Asked to stop; saved at step {checkpoints.steps()[-1]}. The same command goes on from there:\n  {again}"
-        )
+        print(f"Asked to stop; {saved_at(checkpoints)}. The same command goes on from there:\n  {again}")
     finally:
         checkpoints.close()
+
+
+def saved_at(checkpoints: "Checkpoints") -> str:
+    """What there is to go on from."""
+    steps = checkpoints.steps()
+    return f"saved at step {steps[-1]}" if steps else "there was nothing to save yet"
 
 
 def keep_config(workdir: Path, config: Mapping[str, Any], override: bool) -> None:
@@ -111,7 +115,7 @@ def train(run: "Run", workdir: Path, checkpoints: "Checkpoints", preemption: Any
 
     settings = run.settings
     feed = run.feed()
-    program = loop.compile_program(run.trainer, feed, run.mesh, settings.mesh)
+    program = run.program(feed)
     start = (checkpoints.steps() or [0])[-1]
     if start:
         print(f"going on from step {start} in {workdir}", file=sys.stderr)

@@ -1,4 +1,8 @@
-"""Data sets by name. To add one: a module with `build(settings, argument) -> Dataset`, and a line in `KINDS`."""
+"""Data sets by name.
+
+To add one: a module with `build(settings, argument) -> Dataset` and `READS`, the fields of `DataSettings` that it looks
+at, and a line in `KINDS`.
+"""
 
 import importlib
 
@@ -33,7 +37,11 @@ def build(settings: DataSettings) -> Dataset:
         settings.held_out_split,
         "must differ from data.train_split: evaluation needs images that training never saw",
     )
-    return importlib.import_module(KINDS[kind]).build(settings, argument)
+    module = importlib.import_module(KINDS[kind])
+    for field in ("train_split", "held_out_split", "data_dir", "image_size"):
+        value, default = getattr(settings, field), getattr(DataSettings, field)
+        require(value == default or field in module.READS, f"data.{field}", value, f"{kind} does not read this field")
+    return module.build(settings, argument)
 
 
 def build_feed(

@@ -7,6 +7,8 @@ from diffusion_jax.errors import require
 from diffusion_jax.settings import DataSettings
 from diffusion_jax.types import ImageSpec
 
+READS = ("image_size",)
+
 
 def build(settings: DataSettings, argument: str) -> Dataset:
     """Images f32[N,8,8,1], grey levels 0..16 mapped to [-1, 1]. Index i is held out where i % 3 == 2: 599 of 1,797.

@@ -27,6 +27,7 @@ from diffusion_jax.errors import UserError, require
 from diffusion_jax.settings import DataSettings
 from diffusion_jax.types import ImageSpec
 
+READS = ("train_split", "held_out_split", "image_size")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 HELD_OUT = 10
 _log = logging.getLogger(__name__)

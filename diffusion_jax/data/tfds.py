@@ -21,6 +21,8 @@ from diffusion_jax.errors import UserError, require
 from diffusion_jax.settings import DataSettings
 from diffusion_jax.types import ImageSpec
 
+READS = ("train_split", "held_out_split", "data_dir", "image_size")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecordSource:

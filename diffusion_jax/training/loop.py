@@ -15,14 +15,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from diffusion_jax import tree
+from diffusion_jax import rng, tree
 from diffusion_jax.data.feed import Feed
 from diffusion_jax.errors import RunError
 from diffusion_jax.settings import MeshSettings, TrainSettings
 from diffusion_jax.training import sharding
 from diffusion_jax.training.checkpoint import abstract_like
 from diffusion_jax.training.step import Trainer
-from diffusion_jax.types import Array, Metrics, TrainState, Tree
+from diffusion_jax.types import Array, Batch, Metrics, TrainState, Tree
+
+Augment = Callable[[Batch, Array], Batch]
 
 Sums = dict[str, tuple[Array, Array]]
 """Of each metric over some steps: the sum of its finite values, and how many there were."""
@@ -62,8 +64,18 @@ class Task:
         return self.every > 0 and step % self.every == 0
 
 
-def compile_program(trainer: Trainer, feed: Feed, mesh: Mesh, settings: MeshSettings) -> Program:
-    """Shapes first, shardings from rules, then everything is jitted with those. Nothing is allocated here."""
+def compile_program(
+    trainer: Trainer, feed: Feed, mesh: Mesh, settings: MeshSettings, augment: Augment | None = None
+) -> Program:
+    """Shapes first, shardings from rules, then everything is jitted with those. Nothing is allocated here.
+
+    Args:
+      trainer: `init` and `step`.
+      feed: where batches come from.
+      mesh: the devices.
+      settings: rules that come before the default ones.
+      augment: (batch, key of the step) -> batch, applied to training images; None to take them as they are.
+    """
     shapes = jax.eval_shape(trainer.init)
     shardings = sharding.infer(shapes, mesh, settings)
     everywhere = NamedSharding(mesh, P())
@@ -71,7 +83,10 @@ def compile_program(trainer: Trainer, feed: Feed, mesh: Mesh, settings: MeshSett
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere))
     def advance(state: TrainState, chunk: Tree, count: Array, frozen: Tree) -> tuple[TrainState, Outcome]:
         def step(i: Array, state: TrainState) -> tuple[TrainState, Metrics]:
-            return trainer.step(state, feed.batch(chunk, i), frozen)
+            batch = feed.batch(chunk, i)
+            if augment:
+                batch = augment(batch, rng.stream(trainer.seed, "augment", state.step))
+            return trainer.step(state, batch, frozen)
 
         def body(i: Array, carry: tuple[TrainState, Sums]) -> tuple[TrainState, Sums]:
             state, sums = carry

@@ -19,7 +19,7 @@ MEAN, STD, COUNT, SIDE = 0.3, 0.6, 8192, 4
 
 
 def published_floor(name, schedule, t):
-    """Var(y | x) for x0 ~ N(., s^2): with V = alpha^2 s^2 + sigma^2, for every schedule, as the issue and papers have it.
+    """Var(y | x) for x0 ~ N(., s^2), with V = alpha^2 s^2 + sigma^2.
 
     With alpha^2 + sigma^2 = 1, v's is s^2 / V; where that does not hold the factor (alpha^2 + sigma^2)^2 stays.
     """

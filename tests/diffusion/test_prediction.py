@@ -167,9 +167,7 @@ def test_the_network_sees_inputs_of_order_one(name, schedule, x64):
     scale = prediction.input_scale(t)
     for variance in (0.1, 0.25, 1.0):
         total = scale**2 * (variance * prediction.schedule.alpha(t) ** 2 + prediction.schedule.sigma(t) ** 2)
-        assert np.all(
-            np.asarray(total) <= (1.0 if name != "edm" else variance / 0.5**2 if variance > 0.25 else 1.0) + 1e-9
-        )
+        assert np.all(np.asarray(total) <= (max(1.0, variance / 0.5**2) if name == "edm" else 1.0) + 1e-9)
         assert np.all(np.asarray(total) >= 0.09)
 
 

@@ -13,7 +13,7 @@ VARIANCE_PRESERVING = ("vp_linear", "cosine")
 
 
 def vp_linear(t):
-    """alpha = exp(-1/2 integral of beta), beta(t) = 0.1 + 19.9 t (Song et al. 2021, eq. 32-33), integrated numerically."""
+    """alpha = exp(-1/2 integral of beta), beta(t) = 0.1 + 19.9 t (Song et al. 2021, eq. 32-33), by quadrature."""
     alpha = np.exp(-0.5 * quad(lambda u: 0.1 + (20.0 - 0.1) * u, 0.0, t)[0])
     return alpha, np.sqrt(1.0 - alpha**2)
 

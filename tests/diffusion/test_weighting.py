@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_jax import plugs
 from diffusion_jax.diffusion.prediction import PREDICTIONS, check_pairing
-from diffusion_jax.diffusion.schedule import SCHEDULES
+from diffusion_jax.diffusion.schedule import SCHEDULES, first_time
 from diffusion_jax.diffusion.weighting import WEIGHTINGS
 from diffusion_jax.errors import UserError
 
@@ -71,7 +71,7 @@ def test_simple_weighs_every_output_alike(prediction):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_edm_weight_on_edm_output_is_one(schedule, x64):
-    """lambda c_out^2 = 1: the effective weight is uniform at initialisation (Karras et al. 2022, eq. 8 and appendix B.6)."""
+    """lambda c_out^2 = 1: the effective weight is uniform at initialisation (Karras et al. 2022, appendix B.6)."""
     prediction = PREDICTIONS["edm"](schedule=plugs.build("schedule", schedule, SCHEDULES))
     np.testing.assert_allclose(WEIGHTINGS["edm"]()(prediction, jnp.linspace(0.001, 0.999, 50)), 1.0, rtol=1e-6)
 
@@ -86,8 +86,6 @@ def test_published_edm_weight(x64):
 @pytest.mark.parametrize("prediction", PAIRINGS)
 def test_weights_are_finite_wherever_training_looks(name, prediction):
     """In float32, from the first time to 1 inclusive; rectified flow's SNR is 0 there."""
-    from diffusion_jax.diffusion.schedule import first_time
-
     t = jnp.concatenate([first_time(prediction.schedule)[None], jnp.linspace(0.01, 1.0, 100)])
     weight = np.asarray(plugs.build("weighting", name, WEIGHTINGS)(prediction, t))
     assert weight.shape == t.shape

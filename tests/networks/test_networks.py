@@ -17,7 +17,10 @@ TINY = {
     "dit": "dit(patch=2,width=32,depth=2,heads=2)",
     "unet": "unet(channels=32,multipliers=(1,2),blocks=1,attention=(4,),dropout=0.0)",
 }
-DROPPING = {"dit": TINY["dit"][:-1] + ",dropout=0.5)", "unet": TINY["unet"].replace("0.0", "0.5")}
+DROPPING = {
+    "dit": "dit(patch=4,width=32,depth=1,heads=2,dropout=0.5)",
+    "unet": "unet(channels=32,multipliers=(1,),blocks=1,attention=(),dropout=0.5)",
+}
 
 
 def test_every_backbone_is_tested_here():
@@ -78,7 +81,7 @@ def test_published_dit_sizes(width, depth, heads, published, counts_positions):
 
 
 def test_published_unet_size():
-    """DDPM's for CIFAR-10, "35.7 million parameters" (Ho et al. 2020, appendix B), counted in their code: 35,746,307."""
+    """DDPM's for CIFAR-10, "35.7 million parameters" (Ho et al. 2020, appendix B); counted exactly, 35,746,307."""
     assert parameters("unet", 32, 3, 0) == 35_746_307
 
 
@@ -100,15 +103,6 @@ def test_blocks_are_the_identity_at_initialisation():
     np.testing.assert_array_equal(block.apply(params, x, condition, None), x)
     moved = jax.tree.map(lambda p: p + 0.05, params)
     assert not np.allclose(block.apply(moved, x, condition, None), x)
-
-
-def test_all_parameters_learn(name):
-    """Given random parameters no gradient is 0 throughout: no layer is cut off."""
-    params, apply = network(TINY[name])
-    x, t, label = inputs()
-    gradient = jax.jit(jax.grad(lambda p: jnp.sum(apply(p, x, t, label, None) ** 2)))(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        assert np.abs(leaf).max() > 0.0, tree.path_name(path)
 
 
 # ------------------------------------------------------------------------------------------ invariances
@@ -245,24 +239,28 @@ is summed in bfloat16 is off by 24 % and more."""
 
 def test_gradients_in_bfloat16_are_those_of_float32(name):
     """Of every parameter, in the norm, and with it the output. Enough rows that a sum in bfloat16 would show."""
-    spec = ImageSpec(size=16, channels=3, num_classes=5)
-    x, t, label = inputs(16, spec)
-    direction = jax.random.normal(jax.random.key(5), x.shape)
+    x, t, label = inputs(64)
+    direction = 1.0 + jax.random.normal(jax.random.key(5), x.shape)
 
     def gradient(precision):
-        params, apply = network(TINY[name], precision, spec)
-        loss = lambda p: jnp.mean((1.0 + direction) * apply(p, x, t, label, None))
-        return apply(params, x, t, label, None), jax.jit(jax.grad(loss))(params)
+        params, apply = network(TINY[name], precision)
 
-    (exact, exact_gradient), (y, y_gradient) = gradient("float32"), gradient("bfloat16")
+        def loss(params):
+            y = apply(params, x, t, label, None)
+            return jnp.mean(direction * y), y
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    (exact, exact_y), (ours, y) = gradient("float32"), gradient("bfloat16")
     assert y.dtype == jnp.float32
-    assert np.linalg.norm(y - exact) / np.linalg.norm(exact) < GRADIENT_TOLERANCE
-    assert not np.array_equal(y, exact)  # it did compute in bfloat16
-    errors = jax.tree.map(lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)), y_gradient, exact_gradient)
-    table = {tree.path_name(path): error for path, error in jax.tree_util.tree_leaves_with_path(errors)}
-    bad = {path: error for path, error in table.items() if not error < GRADIENT_TOLERANCE}
-    assert not bad, (bad, sorted(table.values())[-5:])
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(y_gradient))
+    assert 1e-4 < np.linalg.norm(y - exact_y) / np.linalg.norm(exact_y) < GRADIENT_TOLERANCE  # it was in bfloat16
+    errors = {}
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(exact), strict=True):
+        assert a.dtype == jnp.float32
+        assert np.linalg.norm(b) > 0.0, path  # and no layer is cut off
+        errors[tree.path_name(path)] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    bad = {path: error for path, error in errors.items() if not error < GRADIENT_TOLERANCE}
+    assert not bad, (bad, sorted(errors.values())[-5:])
 
 
 # ------------------------------------------------------------------------------------------ dropout
@@ -309,7 +307,7 @@ def test_what_an_example_loses_does_not_depend_on_its_batch(name):
 def test_network_without_keys_drops_nothing(name):
     """Two networks that differ in their rate alone agree where no keys are given, and do not where they are."""
     params, apply = network(DROPPING[name])
-    _, plain = network(TINY[name])
+    _, plain = network(DROPPING[name].replace("dropout=0.5", "dropout=0.0"))
     np.testing.assert_array_equal(apply(params, *inputs(), None), plain(params, *inputs(), None))
     assert not np.allclose(apply(params, *inputs(), example_keys(4)), plain(params, *inputs(), None), atol=1e-2)
 
