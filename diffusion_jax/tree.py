@@ -1,5 +1,7 @@
 """Pytrees seen as tables of paths: names of leaves, sizes, finiteness."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +35,14 @@ def where(condition: Array, yes: Tree, no: Tree) -> Tree:
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> Array:
-    """Put a host array, of which every process has the same or at least its own part, on the devices of `sharding`.
+    """Put a host array, the same in every process, on the devices of `sharding`."""
+    return place_parts(array.shape, sharding, array.__getitem__)
+
+
+def place_parts(shape: tuple[int, ...], sharding: jax.sharding.Sharding, part: Callable[[tuple], np.ndarray]) -> Array:
+    """Put an array of `shape` on the devices of `sharding`, of which `part(slices)` gives this process's pieces.
 
     The one place where the host's data may enter while the loop's transfer guard stands.
     """
     with jax.transfer_guard("allow"):
-        return jax.make_array_from_callback(array.shape, sharding, lambda where: array[where])
+        return jax.make_array_from_callback(shape, sharding, part)

@@ -7,6 +7,7 @@ them; FILE.png is a grid.
 
 import io
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def decode(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
         with file.open("rb") as handle, np.load(handle) as content:
             images = content["images"]
             labels = content.get("label", None)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"--samples={file} is no samples file, an .npz with `images` ({error}).") from error
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(f"--samples={file}: `images` is {images.dtype}{list(images.shape)}, not uint8 [N,H,W,C].")

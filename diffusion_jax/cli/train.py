@@ -55,7 +55,6 @@ def main(values: flags.FlagValues) -> None:
     run = runs.assemble(config)
     keep_config(workdir, run.config, values.override)
     checkpoints = Checkpoints(workdir, run.settings.checkpoint)
-    again = f"diffusion-jax train --config={shlex.quote(values['config'].config_filename)} --workdir={workdir}"
     try:
         state, step = train(run, workdir, checkpoints, preemption)
         checkpoints.wait()
@@ -64,6 +63,7 @@ def main(values: flags.FlagValues) -> None:
         with preemption.leaving_at_once():
             finish(run, workdir, state, step)
     except Leave:
+        again = shlex.join(["diffusion-jax", *sys.argv[1:]])
         print(f"Asked to stop; {saved_at(checkpoints)}. The same command goes on from there:\n  {again}")
     finally:
         checkpoints.close()
@@ -140,9 +140,11 @@ def train(run: "Run", workdir: Path, checkpoints: "Checkpoints", preemption: Any
 
 def tasks(run: "Run", workdir: Path, checkpoints: "Checkpoints", logbook: "Logbook") -> list["Task"]:
     """What is done on the way: checkpoints, sample grids, light evaluations."""
+    from diffusion_jax.evaluation import report
     from diffusion_jax.training.loop import Task
 
     settings = run.settings
+    judged = not report.too_small(run.dataset)
 
     def save(state: "TrainState", step: int) -> None:
         checkpoints.save(state, step, {"examples": step * settings.train.batch_size, "config": run.config})
@@ -160,7 +162,7 @@ def tasks(run: "Run", workdir: Path, checkpoints: "Checkpoints", logbook: "Logbo
     return [
         Task(every=settings.checkpoint.every, act=save),
         Task(every=settings.sample.every, act=grid),
-        Task(every=settings.evaluate.every, act=judge),
+        Task(every=settings.evaluate.every if judged else 0, act=judge),
     ]
 
 
@@ -179,11 +181,14 @@ def finish(run: "Run", workdir: Path, state: "TrainState", step: int) -> None:
     """The last grid, the full evaluation, and what to try next."""
     from diffusion_jax.evaluation import report
 
-    file = draw_grid(run, workdir, state, step)
-    print(f"judging {run.settings.evaluate.num_samples} samples", file=sys.stderr)
-    profile = run.settings.sample.ema
-    result = {"step": step, "ema": profile} | run.judge(run.trainer.weights(state, profile))
-    files.write_json(workdir / "evaluation.json", result)
-    print(report.render(result))
-    print(f"\nsamples     {file}\nevaluation  {workdir / 'evaluation.json'}")
+    print(f"samples     {draw_grid(run, workdir, state, step)}")
+    problem = report.too_small(run.dataset)
+    if problem:
+        print(f"not judged  {problem}")
+    else:
+        print(f"judging {run.settings.evaluate.num_samples} samples", file=sys.stderr)
+        profile = run.settings.sample.ema
+        result = {"step": step, "ema": profile} | run.judge(run.trainer.weights(state, profile))
+        files.write_json(workdir / "evaluation.json", result)
+        print(f"evaluation  {workdir / 'evaluation.json'}\n\n{report.render(result)}")
     print(f"\nNext:\n  diffusion-jax sample --workdir={workdir} --num_samples=100 --out=samples.png")

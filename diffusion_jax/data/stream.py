@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from diffusion_jax import tree
 from diffusion_jax.data import order
 from diffusion_jax.data.feed import positions
 from diffusion_jax.data.source import Source
@@ -85,7 +86,7 @@ class StreamFeed:
             first = int(np.searchsorted(self._columns, start))
             return array[:, first : first + stop - start]
 
-        return jax.make_array_from_callback((self.capacity, self._batch_size, *array.shape[2:]), sharding, part)
+        return tree.place_parts((self.capacity, self._batch_size, *array.shape[2:]), sharding, part)
 
 
 def local_rows(rows: NamedSharding, batch_size: int) -> np.ndarray:

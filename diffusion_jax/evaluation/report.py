@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.data.source import Dataset
-from diffusion_jax.errors import require
+from diffusion_jax.errors import UserError, require
 from diffusion_jax.evaluation import bootstrap, frechet, kid, memorisation
 from diffusion_jax.evaluation.features import Features
 from diffusion_jax.evaluation.precision_recall import precision_recall
@@ -123,6 +123,15 @@ def judge(
     }
 
 
+def too_small(dataset: Dataset) -> str:
+    """Why samples cannot be judged against `dataset`, as a sentence, or ""."""
+    for name in ("train", "held_out"):
+        count = len(getattr(dataset, name))
+        if count < LEAST:
+            return f"number of {name} images of {dataset.name} = {count}: a judgement needs at least {LEAST}."
+    return ""
+
+
 def _check(images: np.ndarray, label: np.ndarray | None, dataset: Dataset) -> None:
     shape = dataset.spec.shape
     require(
@@ -130,9 +139,9 @@ def _check(images: np.ndarray, label: np.ndarray | None, dataset: Dataset) -> No
     )
     require(images.dtype == np.uint8, "type of the samples", str(images.dtype), "must be uint8")
     require(len(images) >= LEAST, "number of samples", len(images), f"must be at least {LEAST}")
-    for name in ("train", "held_out"):
-        count = len(getattr(dataset, name))
-        require(count >= LEAST, f"number of {name} images of {dataset.name}", count, f"must be at least {LEAST}")
+    problem = too_small(dataset)
+    if problem:
+        raise UserError(problem)
     if label is not None:
         require(label.shape == (len(images),), "shape of the labels", label.shape, f"must be ({len(images)},)")
 

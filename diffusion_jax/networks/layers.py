@@ -65,7 +65,10 @@ def _add_bias(y: Array, bias: Array, dtype: jnp.dtype) -> Array:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with scale and bias (Wu & He 2018), statistics and affine in float32."""
+    """Group normalisation with scale and bias (Wu & He 2018), statistics and affine in float32.
+
+    At least 4 channels a group, as in NVlabs/edm: a norm of single channels would take away a condition added to them.
+    """
 
     groups: int = 32
     epsilon: float = 1e-6
@@ -76,7 +79,8 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones_init(), (channels,))
         bias = self.param("bias", ZEROS, (channels,))
-        groups = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, channels // self.groups)
+        count = min(self.groups, channels // 4)
+        groups = x.astype(jnp.float32).reshape(*x.shape[:-1], count, channels // count)
         y = _standardise(groups, axes=(1, 2, 4), epsilon=self.epsilon).reshape(x.shape)
         ones = (1,) * (x.ndim - 1)
         return (y * scale.reshape(*ones, channels) + bias.reshape(*ones, channels)).astype(x.dtype)

@@ -61,6 +61,13 @@ def test_uniform(schedule, steps):
     )
 
 
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_quadratic(steps):
+    """tau_i proportional to i^2 (Song, Meng & Ermon 2021, appendix D.2)."""
+    t = times("quadratic", "cosine", steps)[: steps + 1]
+    np.testing.assert_allclose(t, np.linspace(1.0, 0.0, steps + 1) ** 2, atol=1e-6)
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_number_of_steps_is_traced(grid):
     """One trace serves every number of steps, and says what it says eagerly."""

@@ -27,29 +27,37 @@ def test_every_backbone_is_tested_here():
     assert set(TINY) == set(networks.BACKBONES)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Programs run for milliseconds here and compile for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(params=TINY)
 def name(request):
     return request.param
 
 
 @functools.cache
-def network(text, precision="float32", spec=SPEC):
+def network(text, precision="float32"):
     """(parameters, drawn at random so that nothing is 0 any more; the compiled apply)."""
-    net = networks.build("family.network", text, spec, precision)
-    params = jax.jit(net.init)(jax.random.key(0))
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    # weights of a layer with n inputs: 1 / sqrt(n); biases, scales and labels: off by 0.3
-    noise = [
-        leaf + jax.random.normal(key, leaf.shape) * (0.3 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, noise), jax.jit(net.apply)
+    net = networks.build("family.network", text, SPEC, precision)
+    generator = np.random.default_rng(1)
+
+    def draw(leaf):
+        """Weights of a layer with n inputs about 1 / sqrt(n); biases, scales and labels about 0.3."""
+        spread = 0.3 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5
+        return jnp.asarray(spread * generator.normal(size=leaf.shape), leaf.dtype)
+
+    with jax.numpy_dtype_promotion("standard"):  # jax's own attention mixes bfloat16 and float32
+        return jax.tree.map(draw, jax.eval_shape(net.init, jax.random.key(0))), jax.jit(net.apply)
 
 
-def inputs(batch=4, spec=SPEC):
-    x = jax.random.normal(jax.random.key(2), (batch, *spec.shape))
-    return x, jnp.linspace(0.1, 0.9, batch), jnp.arange(batch) % spec.num_classes
+def inputs(batch=4):
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(batch, *SPEC.shape)), jnp.float32)
+    return x, jnp.linspace(0.1, 0.9, batch), jnp.arange(batch) % SPEC.num_classes
 
 
 # ------------------------------------------------------------------------------------------ published sizes
@@ -126,9 +134,13 @@ def test_one_time_serves_all_examples(name):
     np.testing.assert_allclose(one, apply(params, x, jnp.full((4,), 0.3), label, None), atol=1e-5)
 
 
-def test_examples_do_not_see_each_other(name):
-    """Another image, time or label at place 1 changes the output at place 1, and nowhere else."""
-    params, apply = network(TINY[name])
+@pytest.mark.parametrize("text", [*TINY.values(), *DROPPING.values()])
+def test_examples_do_not_see_each_other(text):
+    """Another image, time or label at place 1 changes the output at place 1, and nowhere else.
+
+    At 32 channels too, where norms of one channel a group would take the condition away again.
+    """
+    params, apply = network(text)
     x, t, label = inputs()
     whole = np.asarray(apply(params, x, t, label, None))
     others = {
@@ -209,18 +221,19 @@ def test_layer_norm(dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_group_norm(dtype):
-    """Wu & He 2018, eq. 1 to 3, with scale and bias."""
-    x = (30.0 + jax.random.normal(jax.random.key(0), (2, 6, 6, 64))).astype(dtype)
-    scale, bias = jax.random.normal(jax.random.key(1), (2, 64))
-    exact = np.asarray(x, np.float64).reshape(2, 36, 32, 2)
+@pytest.mark.parametrize(("channels", "groups"), [(128, 32), (64, 16)])
+def test_group_norm(channels, groups, dtype):
+    """Wu & He 2018, eq. 1 to 3, then scale and bias. 32 groups, as DDPM's, of at least 4 channels, as NVlabs/edm's."""
+    generator = np.random.default_rng(0)
+    x = jnp.asarray(30.0 + generator.normal(size=(2, 6, 6, channels)), dtype)
+    scale, bias = generator.normal(size=(2, channels))
+    exact = np.asarray(x, np.float64).reshape(2, 36, groups, -1)
     mean, variance = exact.mean((1, 3), keepdims=True), exact.var((1, 3), keepdims=True)
-    expected = ((exact - mean) / np.sqrt(variance + 1e-6)).reshape(2, 6, 6, 64) * np.asarray(scale) + np.asarray(bias)
-    y = layers.GroupNorm().apply({"params": {"scale": scale, "bias": bias}}, x)
+    expected = ((exact - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * scale + bias
+    y = layers.GroupNorm().apply({"params": {"scale": jnp.float32(scale), "bias": jnp.float32(bias)}}, x)
     assert y.dtype == dtype
-    np.testing.assert_allclose(
-        np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-2 if dtype == jnp.bfloat16 else 1e-4
-    )
+    rounding = 2**-8 if dtype == jnp.bfloat16 else 1e-4
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=rounding, atol=1e-4)
 
 
 def test_attention_is_softmax_attention():
@@ -232,8 +245,8 @@ def test_attention_is_softmax_attention():
     )
 
 
-GRADIENT_TOLERANCE = 0.03
-"""bfloat16 has 8 bits: a product is off by 0.4 %, a dozen of them in a row by 1 to 2 %, at random. A bias gradient that
+GRADIENT_TOLERANCE = 0.02
+"""bfloat16 has 8 bits: a product is off by up to 0.4 %, a dozen in a row by 1 %, at random. A bias gradient that
 is summed in bfloat16 is off by 24 % and more."""
 
 
@@ -249,18 +262,26 @@ def test_gradients_in_bfloat16_are_those_of_float32(name):
             y = apply(params, x, t, label, None)
             return jnp.mean(direction * y), y
 
-        return jax.jit(jax.grad(loss, has_aux=True))(params)
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.jit(jax.grad(loss, has_aux=True))(params)
 
     (exact, exact_y), (ours, y) = gradient("float32"), gradient("bfloat16")
     assert y.dtype == jnp.float32
     assert 1e-4 < np.linalg.norm(y - exact_y) / np.linalg.norm(exact_y) < GRADIENT_TOLERANCE  # it was in bfloat16
-    errors = {}
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(exact), strict=True):
-        assert a.dtype == jnp.float32
-        assert np.linalg.norm(b) > 0.0, path  # and no layer is cut off
-        errors[tree.path_name(path)] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
-    bad = {path: error for path, error in errors.items() if not error < GRADIENT_TOLERANCE}
-    assert not bad, (bad, sorted(errors.values())[-5:])
+    size = {
+        tree.path_name(path): float(np.linalg.norm(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(exact)
+    }
+    error = jax.tree.leaves(jax.tree.map(lambda a, b: float(np.linalg.norm(a - b)), ours, exact))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(ours))
+    bad = {}
+    for (path, norm), off in zip(size.items(), error, strict=True):
+        if path.endswith("/k/bias"):  # a softmax does not change with it: its gradient is 0, next to the queries'
+            assert norm < 1e-4 * size[path.replace("/k/", "/q/")], path
+            norm = size[path.replace("/k/", "/q/")]
+        assert norm > 0.0, path  # no layer is cut off
+        if not off < GRADIENT_TOLERANCE * norm:
+            bad[path] = off / norm
+    assert not bad
 
 
 # ------------------------------------------------------------------------------------------ dropout
