@@ -40,6 +40,10 @@ class Features:
     weights: Tree
     forward: Callable[[Tree, Array], tuple[Array, Array | None]]
 
+    def about(self) -> dict[str, str]:
+        """What names this extractor in a report."""
+        return {"name": self.name, "hash": self.digest, "fingerprint": self.fingerprint}
+
     def describe(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Features f64[N,D] and predicted labels i32[N] (None where the data has none) of u8 or f32 images [N,H,W,C].
 

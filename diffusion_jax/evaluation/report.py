@@ -97,23 +97,10 @@ def judge(
     if "label_accuracy" in values:
         floors["label_accuracy"] = accuracy
     return {
-        "metrics": {
-            name: {
-                "value": value,
-                "interval": intervals.get(name),
-                "floor": floors[name],
-                "better": METRICS[name].better,
-            }
-            for name, value in values.items()
-        },
+        "metrics": {name: _row(name, value, intervals, floors) for name, value in values.items()},
         "frechet_ratio": values["frechet"] / max(floors["frechet"], 1e-12),
         "memorisation": memorisation.measure(made.image, held_out.image, train.image),
-        "features": {
-            "name": features.name,
-            "hash": features.digest,
-            "fingerprint": features.fingerprint,
-            "held_out_accuracy": accuracy,
-        },
+        "features": features.about() | {"held_out_accuracy": accuracy},
         "n": n,
         "num_samples": len(images),
         "num_train": len(train.image),
@@ -121,6 +108,11 @@ def judge(
         "subsets": subsets,
         "bootstrap": resamplings,
     }
+
+
+def _row(name: str, value: float, intervals: dict[str, Any], floors: dict[str, float]) -> dict[str, Any]:
+    better = METRICS[name].better
+    return {"value": value, "interval": intervals.get(name), "floor": floors[name], "better": better}
 
 
 def too_small(dataset: Dataset) -> str:
