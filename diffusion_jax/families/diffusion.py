@@ -8,7 +8,7 @@ Read top to bottom: what a user sets; how it becomes a network, a prediction and
     network -> (x0, eps) -> guided -> solver  the sampler
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import networks, plugs, rng
-from diffusion_jax.diffusion import guidance
+from diffusion_jax.diffusion import guidance, time_sampling
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.grids import GRIDS, MAX_STEPS, Grid
 from diffusion_jax.diffusion.objectives.denoising import Denoising
@@ -24,7 +24,6 @@ from diffusion_jax.diffusion.prediction import PREDICTIONS, Prediction, check_pa
 from diffusion_jax.diffusion.schedule import SCHEDULES
 from diffusion_jax.diffusion.solvers import SOLVERS
 from diffusion_jax.diffusion.solvers.base import Solver, solve
-from diffusion_jax.diffusion.time_sampling import TIME_SAMPLINGS
 from diffusion_jax.diffusion.weighting import WEIGHTINGS
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.settings import from_section
@@ -42,6 +41,7 @@ class FamilySettings:
       schedule: from `diffusion.schedule.SCHEDULES`.
       prediction: from `diffusion.prediction.PREDICTIONS`.
       time_sampling: from `diffusion.time_sampling.TIME_SAMPLINGS`.
+      stratified: spread the times of a batch evenly over their density, instead of drawing each on its own.
       weighting: from `diffusion.weighting.WEIGHTINGS`.
       label_dropout: share of training examples whose label is hidden, in [0, 1); guidance needs some.
     """
@@ -50,6 +50,7 @@ class FamilySettings:
     schedule: str = "rectified_flow"
     prediction: str = "velocity"
     time_sampling: str = "logit_normal"
+    stratified: bool = True
     weighting: str = "simple"
     label_dropout: float = 0.1
 
@@ -111,9 +112,10 @@ def build(settings: FamilySettings, spec: ImageSpec, precision: str) -> Family:
         prediction=prediction,
         objective=Denoising(
             prediction=prediction,
-            time_sampling=plugs.build("family.time_sampling", settings.time_sampling, TIME_SAMPLINGS),
+            time_sampling=plugs.build("family.time_sampling", settings.time_sampling, time_sampling.TIME_SAMPLINGS),
             weighting=plugs.build("family.weighting", settings.weighting, WEIGHTINGS),
         ),
+        quantiles=time_sampling.stratified if settings.stratified else time_sampling.independent,
         label_dropout=settings.label_dropout,
     )
     return Family(
@@ -133,19 +135,22 @@ class Model:
     network: networks.Network
     prediction: Prediction
     objective: Denoising
+    quantiles: Callable[[Array, Array], Array]
     label_dropout: float
 
     # ------------------------------------------------------------------------------------------ training
 
     def loss(self, params: Weights, ctx: Context) -> tuple[Array, Aux]:
         """The denoising loss, averaged over the batch; some labels are hidden, so that guidance can be learned."""
-        keys = rng.example_keys(ctx.key, ctx.batch["index"])
+        index = ctx.batch["index"]
+        u = self.quantiles(rng.stream(ctx.key, "time"), index)
+        keys = rng.example_keys(ctx.key, index)
         label = self.hide_labels(ctx.batch, rng.fold(keys, 0))
 
         def predict(x: Array, t: Array) -> Array:
             return self.predict(params["denoiser"], x, t, label, dropout=rng.fold(keys, 1))
 
-        losses, _ = self.objective.loss(predict, ctx.batch["image"], rng.fold(keys, 2))
+        losses, _ = self.objective.loss(predict, ctx.batch["image"], u, rng.fold(keys, 2))
         return jnp.mean(losses), Aux(metrics={}, extra=ctx.extra)
 
     def hide_labels(self, batch: Mapping[str, Array], keys: Array) -> Array | None:

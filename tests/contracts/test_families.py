@@ -152,10 +152,10 @@ def test_training(name):
             assert not np.array_equal(a, b), tree.path_name(path)
 
 
-@pytest.mark.parametrize("name", PAIRINGS | VARIANTS)
+@pytest.mark.parametrize("name", PAIRINGS)
 def test_losses_and_gradients_are_finite(name):
     """With parameters at random, of every player; and the loss is one that its parameters can lower."""
-    it, spec = family(name), (PAIRINGS | VARIANTS)[name][1]
+    it, spec = family(name), PAIRINGS[name][1]
     params, extra = weights(name)
     ctx = Context(
         batch=batch(spec), key=jax.random.key(0), step=jnp.int32(0), extra=extra, ema={"main": params}, frozen={}
@@ -271,7 +271,10 @@ USUAL = {"edm": "edm", "rectified_flow": "velocity"}  # else v
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_image_is_learned_and_drawn(schedule):
-    """150 steps on one image: then every key draws it. A model that learned nothing is off by 0.5 and more."""
+    """150 steps on one image: then every key draws it. A model that learned nothing is off by 0.5 and more.
+
+    By DDIM, which is exact on a single point on every schedule: what is off is the network.
+    """
     section, spec = diffusion(schedule, USUAL.get(schedule, "v"), PLAIN, "dit(patch=2,width=32,depth=1,heads=2)")
     it = families.build(section, spec, "float32")
     settings = TrainSettings(
@@ -288,6 +291,6 @@ def test_one_image_is_learned_and_drawn(schedule):
 
     learned = learn().params
     draw = jax.jit(it.generate)
-    images = np.asarray(draw(learned, keys(8), {}, it.sampling({"steps": 20})))
+    images = np.asarray(draw(learned, keys(8), {}, it.sampling({"steps": 20, "solver": "ddim"})))
     off = np.abs(images - np.asarray(image)).mean()
     assert off < 0.05, off

@@ -90,7 +90,12 @@ def losses(cases, count=COUNT):
     """{name: (objective, predict)} -> {name: (losses, times)}, in one program: the draws are shared."""
     keys = rng.example_keys(jax.random.key(0), jnp.arange(count))
     x0 = MEAN + STD * jax.random.normal(jax.random.key(1), (count, SIDE, SIDE, 1))
-    program = jax.jit(lambda x0, keys: {name: case.loss(predict, x0, keys) for name, (case, predict) in cases.items()})
+    program = jax.jit(
+        lambda x0, keys: {
+            name: case.loss(predict, x0, rng.uniform(rng.fold(keys, 9)), keys)
+            for name, (case, predict) in cases.items()
+        }
+    )
     return jax.tree.map(lambda a: np.asarray(a, np.float64), program(x0, keys))
 
 
@@ -162,7 +167,7 @@ def test_a_loss_depends_on_its_own_example_and_key(time_sampling):
     case = objective(build("velocity", "rectified_flow"), time_sampling)
     keys = rng.example_keys(jax.random.key(0), jnp.arange(6))
     x0 = jax.random.normal(jax.random.key(1), (6, SIDE, SIDE, 1))
-    program = jax.jit(lambda x0, keys: case.loss(lambda x, t: 0.5 * x, x0, keys)[0])
+    program = jax.jit(lambda x0, keys: case.loss(lambda x, t: 0.5 * x, x0, rng.uniform(rng.fold(keys, 9)), keys)[0])
     loss = lambda x0, keys: np.asarray(program(x0, keys))
     whole = loss(x0, keys)
     assert whole.shape == (6,)
@@ -183,7 +188,7 @@ def test_time_and_noise_are_drawn_independently():
         return x
 
     keys = rng.example_keys(jax.random.key(0), jnp.arange(COUNT))
-    objective(build("x0", "edm")).loss(predict, jnp.zeros((COUNT, SIDE, SIDE, 1)), keys)
+    objective(build("x0", "edm")).loss(predict, jnp.zeros((COUNT, SIDE, SIDE, 1)), rng.uniform(rng.fold(keys, 9)), keys)
     x, t = (np.asarray(a, np.float64) for a in seen[0])
     noise = x[:, :, :, 0] / (80.0 * t[:, None, None])
     assert abs(np.corrcoef((noise**2).mean((1, 2)), t)[0, 1]) < 0.05

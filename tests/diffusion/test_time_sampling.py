@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 from scipy.special import logit
 
-from diffusion_jax import plugs, rng
+from diffusion_jax import plugs
 from diffusion_jax.diffusion.schedule import SCHEDULES, first_time
-from diffusion_jax.diffusion.time_sampling import TIME_SAMPLINGS
+from diffusion_jax.diffusion.time_sampling import TIME_SAMPLINGS, independent, stratified
 from diffusion_jax.errors import UserError
 
 
@@ -32,8 +32,8 @@ LAWS = {
 """text -> (what of t has the law, the law given the first time)."""
 
 
-def keys(count, seed=0):
-    return rng.example_keys(jax.random.key(seed), jnp.arange(count))
+def quantiles(count, seed=0):
+    return independent(jax.random.key(seed), jnp.arange(count))
 
 
 def test_every_time_sampling_has_its_law_here():
@@ -45,7 +45,7 @@ def test_every_time_sampling_has_its_law_here():
 def test_distribution(text, name):
     """p > 0.001 on 4,000 draws: a mean off by 0.1 standard deviations, or a spread off by 10 %, has p < 1e-5."""
     schedule = plugs.build("schedule", name, SCHEDULES)
-    t = np.asarray(plugs.build("time", text, TIME_SAMPLINGS)(schedule, keys(4000)), np.float64)
+    t = np.asarray(plugs.build("time", text, TIME_SAMPLINGS)(schedule, quantiles(4000)), np.float64)
     statistic, law = LAWS[text]
     assert stats.kstest(statistic(schedule, t), law(float(first_time(schedule))).cdf).pvalue > 0.001
 
@@ -58,21 +58,37 @@ def test_times_stay_where_training_may_look(name, schedule):
     text = name if name == "uniform" else f"{name}(std=50.0)"
     if "std" not in plugs.inspect.signature(TIME_SAMPLINGS[name]).parameters:
         text = name
-    t = np.asarray(plugs.build("time", text, TIME_SAMPLINGS)(schedule, keys(500)))
+    t = np.asarray(plugs.build("time", text, TIME_SAMPLINGS)(schedule, quantiles(500)))
     assert t.shape == (500,)
     assert t.min() >= float(first_time(schedule))
     assert t.max() <= 1.0
 
 
-@pytest.mark.parametrize("name", TIME_SAMPLINGS)
-def test_a_time_depends_on_its_own_key_alone(name):
-    schedule = plugs.build("schedule", "cosine", SCHEDULES)
-    sample = plugs.build("time", name, TIME_SAMPLINGS)
-    all_keys = keys(16)
-    together = np.asarray(sample(schedule, all_keys))
-    np.testing.assert_array_equal(sample(schedule, all_keys[3:5]), together[3:5])
-    np.testing.assert_array_equal(sample(schedule, all_keys[::-1]), together[::-1])
+@pytest.mark.parametrize("draw", [independent, stratified])
+def test_a_quantile_depends_on_its_own_place_alone(draw):
+    key, index = jax.random.key(3), jnp.arange(16)
+    together = np.asarray(draw(key, index))
+    np.testing.assert_array_equal(draw(key, index[3:5]), together[3:5])
+    np.testing.assert_array_equal(draw(key, index[::-1]), together[::-1])
     assert len(set(together.tolist())) == 16
+
+
+def test_stratified_quantiles_are_uniform_one_by_one():
+    """Over many steps the quantile of one place is uniform: no time is preferred."""
+    keys = jax.vmap(jax.random.key)(jnp.arange(2000))
+    one = jax.vmap(lambda key: stratified(key, jnp.array([11]))[0])(keys)
+    assert stats.kstest(np.asarray(one), "uniform").pvalue > 0.001
+
+
+@pytest.mark.parametrize("count", [8, 64, 100, 1000])
+@pytest.mark.parametrize("first", [0, 64])
+def test_stratified_quantiles_lie_evenly_together(count, first):
+    """Three-distance theorem (Swierczkowski 1958): the gaps between n multiples of the golden section are at most
+    1 / (golden n) wide; n independent draws leave a gap of about ln(n) / n."""
+    u = np.sort(np.asarray(stratified(jax.random.key(0), first + jnp.arange(count)), np.float64))
+    gaps = np.diff(np.append(u, u[0] + 1.0))
+    assert gaps.max() < 1.0 / (0.618 * count) + 1e-5
+    assert gaps.min() > 0.3 / count
 
 
 @pytest.mark.parametrize("text", ["logit_normal(std=0.0)", "log_normal(std=-1.0)"])

@@ -21,17 +21,18 @@ class Denoising:
     time_sampling: TimeSampling
     weighting: Weighting
 
-    def loss(self, predict: Callable[[Array, Array], Array], x0: Array, keys: Array) -> tuple[Array, Array]:
+    def loss(self, predict: Callable[[Array, Array], Array], x0: Array, u: Array, keys: Array) -> tuple[Array, Array]:
         """Losses f32[B] and times f32[B].
 
         Args:
           predict: (x f32[B,H,W,C], t f32[B]) -> y, the network's output.
           x0: f32[B,H,W,C] in [-1,1].
-          keys: key[B], one an example.
+          u: f32[B] in [0, 1), quantiles of the times.
+          keys: key[B], for the noise, one an example.
         """
         schedule = self.prediction.schedule
-        t = self.time_sampling(schedule, rng.fold(keys, 0))
-        eps = rng.normal(rng.fold(keys, 1), x0.shape[1:])
+        t = self.time_sampling(schedule, u)
+        eps = rng.normal(keys, x0.shape[1:])
         x = over(schedule.alpha(t), x0) * x0 + over(schedule.sigma(t), x0) * eps
         error = self.prediction.target(x0, eps, t) - predict(x, t).astype(jnp.float32)
         return self.weighting(self.prediction, t) * jnp.mean(jnp.square(error), axis=(1, 2, 3)), t
