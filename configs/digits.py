@@ -21,10 +21,18 @@ def get_config(family: str = "") -> ConfigDict:
 
 
 def diffusion(config: ConfigDict) -> None:
-    """A DiT with rectified flow."""
-    config.family.network = "dit(patch=2,width=128,depth=4,heads=4)"
-    config.train.steps = 3500
+    """A DiT of 0.7 million parameters with rectified flow.
+
+    Quantiles of the times are stratified and their density reaches further towards the clean image than a plain
+    logit-normal: the digits' grey levels are decided there.
+    """
+    config.family.network = "dit(patch=2,width=96,depth=4,heads=4)"
+    config.family.time_sampling = "logit_normal(mean=-0.2,std=1.3)"
+    config.train.steps = 4000
     config.train.batch_size = 64
-    config.train.learning_rate = 1e-3
+    config.train.learning_rate = 4e-3
+    config.train.learning_rate_schedule = "warmup_cosine_decay_schedule(warmup_steps=200)"
+    config.train.ema.main = "warmup(decay=0.995)"
     config.sample.solver = "heun"
+    config.sample.grid = "quadratic"
     config.sample.steps = 10
