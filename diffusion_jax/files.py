@@ -1,13 +1,15 @@
 """Files that are whole or not there, and where what can be made again is kept."""
 
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require
 
 
 def cache_directory() -> Path:
@@ -22,17 +24,34 @@ def write_whole(file: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
-        os.chmod(partial, 0o666 & ~_umask())
+        os.chmod(partial, 0o644)  # mkstemp's files are private
         os.replace(partial, file)
     except BaseException:
-        os.unlink(partial)
+        Path(partial).unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def check_can_write(flag: str, path: Path) -> None:
+    """Raise `UserError` naming `flag` unless a directory or file could be made at `path`."""
+    parent = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    require(parent.is_dir(), flag, str(path), f"{parent} is a file")
+    require(os.access(parent, os.W_OK), flag, str(path), f"{parent} cannot be written to")
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Within, no other process is within for the same directory.
+
+    Raises:
+      UserError: where one is.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--workdir={directory}: another process is training there; wait for it.") from None
+        yield
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

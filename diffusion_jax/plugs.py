@@ -72,7 +72,7 @@ def call(field: str, maker: Callable[..., T], options: Mapping[str, Any], *, lab
         raise UserError(f"{field}: {label} needs the option {missing[0]!r}.")
     try:
         return maker(**checked, **given)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{field}: {label}: {error}.") from None
 
 

@@ -4,6 +4,7 @@ A config is a `ml_collections.ConfigDict` with one section per dataclass below, 
 of `sample`, which the family checks. Every field of a section must be read by something: an unknown one is an error.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
@@ -78,8 +79,8 @@ class TrainSettings:
             self.accumulate,
             f"must divide train.batch_size = {self.batch_size}",
         )
-        require(self.learning_rate > 0.0, "train.learning_rate", self.learning_rate, "must be positive")
-        require(self.clip_norm >= 0.0, "train.clip_norm", self.clip_norm, "must be 0 (off) or positive")
+        require(0.0 < self.learning_rate < math.inf, "train.learning_rate", self.learning_rate, "must be positive")
+        require(0.0 <= self.clip_norm < math.inf, "train.clip_norm", self.clip_norm, "must be 0 (off) or positive")
         require("none" not in self.ema, "train.ema.none", self.ema.get("none"), "'none' means the plain parameters")
 
 

@@ -11,6 +11,13 @@ from ml_collections import ConfigDict, config_flags
 from diffusion_jax.errors import UserError
 from diffusion_jax.plugs import suggest
 
+FORMS = (
+    (bool, r"(?i)|true|false|t|f|1|0", "true or false"),
+    (int, r"[+-]?\d+", "a whole number"),
+    (float, r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?inf|nan", "a number"),
+)
+"""Of a config field's type: what may be written, and how to say that."""
+
 Define = Callable[[flags.FlagValues, Sequence[str]], None]
 """Defines a command's flags on (the flag values, the arguments that will be parsed)."""
 
@@ -33,13 +40,14 @@ def parse(command: str, define: Define, argv: Sequence[str]) -> flags.FlagValues
     Raises:
       UserError: for unknown flags, wrong types, and whatever is wrong with a config.
     """
+    argv = _joined(argv)
     values = flags.FlagValues()
     define(values, argv)
     if "config" in values:
         _check_config(argv)
     try:
         rest = values([command, *argv])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except Exception as error:  # absl's and ml_collections' errors have no base in common
         raise UserError(_sentence(error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; write --name=value.")
@@ -62,7 +70,7 @@ def config_of(values: flags.FlagValues) -> dict[str, Any]:
 def required(values: flags.FlagValues, name: str) -> Any:
     """The value of a flag that must be given."""
     if values[name].value in (None, ""):
-        raise UserError(f"--{name} is missing; {values[name].help}.")
+        raise UserError(f"--{name} is missing; give it as --{name}=..., {values[name].help}.")
     return values[name].value
 
 
@@ -76,6 +84,17 @@ def describe(command: str, about: str, define: Define) -> str:
         default = "" if flag.default in (None, "") else f" (default: {flag.default})"
         rows.append(f"  --{name}\n      {flag.help}{default}")
     return f"usage: diffusion-jax {command} [--flag=value ...]\n\n{about.strip()}\n\n" + "\n".join(rows)
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`--config FILE` and `--config.a.b VALUE` as `--config=FILE` and `--config.a.b=VALUE`."""
+    joined = []
+    for arg in argv:
+        if joined and re.fullmatch(r"--?config[\w.]*", joined[-1]) and not arg.startswith("-"):
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    return joined
 
 
 def _check_config(argv: Sequence[str]) -> None:
@@ -93,12 +112,12 @@ def _check_config(argv: Sequence[str]) -> None:
     except Exception as error:
         raise UserError(f"--config={paths[-1]}: the file does not run ({_sentence(error)}).") from error
     for arg in argv:
-        match = re.match(r"--?config\.([^=]+)", arg)
+        match = re.match(r"--?config\.([^=]+)=?(.*)", arg, re.DOTALL)
         if match:
-            _check_field(config, match.group(1))
+            _check_field(config, *match.groups())
 
 
-def _check_field(config: ConfigDict, path: str) -> None:
+def _check_field(config: ConfigDict, path: str, value: str) -> None:
     section: Any = config
     names = path.split(".")
     for depth, name in enumerate(names):
@@ -110,6 +129,9 @@ def _check_field(config: ConfigDict, path: str) -> None:
         section = section[name]
     if isinstance(section, Mapping | ConfigDict):
         raise UserError(f"--config.{path} is a section; set its fields one by one: {', '.join(sorted(section))}.")
+    for kind, form, name in FORMS:
+        if type(section) is kind and not re.fullmatch(form, value.strip()):
+            raise UserError(f"--config.{path}={value}: must be {name}, such as {section}.")
 
 
 def _sentence(error: Exception) -> str:

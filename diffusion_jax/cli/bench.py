@@ -8,31 +8,41 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 from diffusion_jax.cli import arguments
+from diffusion_jax.errors import UserError
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """The command's flags."""
     arguments.define_config(values, argv)
+    flags.DEFINE_string("workdir", None, "time the config of this run instead of --config", flag_values=values)
     flags.DEFINE_integer("steps", 20, "training steps a repetition", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("repetitions", 5, "of each measurement", lower_bound=2, flag_values=values)
     flags.DEFINE_boolean("json", False, "print the result as one JSON object in the last line", flag_values=values)
 
 
-def main(values: flags.FlagValues) -> None:
-    """Run the command."""
-    config = arguments.config_of(values)
+def main(argv: Sequence[str]) -> None:
+    """Run the command. The compilation cache stays off, so that compile times are those of a first run."""
+    values = arguments.parse("bench", define, argv)
+    if values.workdir and values.config:
+        raise UserError("--workdir has a config of its own; leave out --config.")
 
     from diffusion_jax.cli import run as runs
-    from diffusion_jax.cli import runtime
+    from diffusion_jax.cli.workdir import saved_config
 
-    runtime.prepare()
+    config = saved_config(Path(values.workdir)) if values.workdir else arguments.config_of(values)
+    if config is None:
+        raise UserError(f"--workdir={values.workdir}: there is no run here (no config.json).")
     run = runs.assemble(config)
+    capacity = run.settings.train.log_every
+    if values.steps > capacity:
+        raise UserError(f"--steps={values.steps}: must be at most train.log_every = {capacity}, one dispatch.")
     result = device() | train(run, values.steps, values.repetitions) | sample(run, values.repetitions)
     print(render(result), file=sys.stderr if values.json else sys.stdout)
     if values.json:
@@ -54,7 +64,6 @@ def train(run: Any, steps: int, repetitions: int) -> dict[str, Any]:
 
     feed = run.feed()
     program = run.program(feed)
-    steps = min(steps, feed.capacity)
     chunk, count = feed.chunk(0, steps), tree.place(np.array(steps, np.int32), program.abstract.step.sharding)
     compile_s, advance = timed(lambda: program.advance.lower(program.abstract, chunk, count, {}).compile())
     state = jax.block_until_ready(program.init())

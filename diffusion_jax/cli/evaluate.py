@@ -25,7 +25,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_string(
         "out",
         None,
-        "the JSON to write; WORKDIR/evaluation.json where left out, beside --samples where given",
+        "the JSON to write; WORKDIR/evaluation.json where left out, SAMPLES.evaluation.json with --samples",
         flag_values=values,
     )
     flags.DEFINE_string("ema", None, "averaging profile, or none; the config's where left out", flag_values=values)
@@ -33,27 +33,34 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_boolean("json", False, "print the result as one JSON object in the last line", flag_values=values)
 
 
-def main(values: flags.FlagValues) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the command."""
+    values = arguments.parse("evaluate", define, argv)
     workdir = arguments.required(values, "workdir")
     if values.samples and not Path(values.samples).is_file():
         raise UserError(f"--samples={values.samples}: there is no such file.")
-    default = Path(values.samples).with_suffix(".json") if values.samples else Path(workdir) / "evaluation.json"
+    if values.samples and (values.ema or values.step is not None):
+        raise UserError("--samples names images that are there already; leave out --ema and --step.")
+    default = f"{values.samples}.evaluation.json" if values.samples else Path(workdir) / "evaluation.json"
     out = Path(values.out or default)
-    if values.out and not out.absolute().parent.is_dir():
-        raise UserError(f"--out={out}: there is no directory {out.parent}.")
+    if values.out and (out.suffix != ".json" or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out={out}: must be a .json file in a directory that is there.")
 
-    from diffusion_jax.cli import run, runtime, sample
+    from diffusion_jax.cli import runtime, sample
+    from diffusion_jax.cli.workdir import load_weights, open_run
     from diffusion_jax.evaluation import report
 
     runtime.prepare()
-    judged = run.open_workdir(workdir)
+    judged = open_run(workdir)
     if values.samples:
         images, labels = sample.decode(Path(values.samples))
         result = {"samples": values.samples} | judged.judge_samples(images, labels)
     else:
+        problem = report.too_small(judged.dataset)
+        if problem:
+            raise UserError(problem)
         profile = values.ema or judged.settings.sample.ema
-        weights, step = run.load_weights(judged, workdir, profile, values.step)
+        weights, step = load_weights(judged, workdir, profile, values.step)
         result = {"step": step, "ema": profile} | judged.judge(weights)
     files.write_json(out, result)
     print(report.render(result), file=sys.stderr if values.json else sys.stdout)

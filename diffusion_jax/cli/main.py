@@ -39,13 +39,16 @@ def main(argv: Sequence[str]) -> int:
         if {"--help", "-h", "--helpfull"} & set(rest):
             print(arguments.describe(name, command.__doc__, command.define))
             return 0
-        command.main(arguments.parse(name, command.define, rest))
+        command.main(rest)
     except KeyboardInterrupt:
         print(f"diffusion-jax {name}: interrupted.", file=sys.stderr)
         return 130
     except (UserError, RunError) as error:
         print(f"diffusion-jax {name}: {error}", file=sys.stderr)
         return error.status
+    except OSError as error:
+        print(f"diffusion-jax {name}: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
+        return 2
     return 0
 
 

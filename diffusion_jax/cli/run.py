@@ -4,10 +4,10 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -16,10 +16,9 @@ from diffusion_jax.data import augment
 from diffusion_jax.data.source import Dataset
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import features, report
-from diffusion_jax.files import read_json
 from diffusion_jax.sampling import Sampler
 from diffusion_jax.training import loop, sharding
-from diffusion_jax.training.checkpoint import Checkpoints, abstract_like
+from diffusion_jax.training.checkpoint import abstract_like
 from diffusion_jax.training.step import Trainer
 from diffusion_jax.types import Family, Tree, Weights
 
@@ -60,9 +59,19 @@ class Run:
         )
 
     def program(self, feed: data.Feed) -> loop.Program:
-        """The compiled training run."""
+        """The training run: traced, so that it is known to work, and not compiled yet.
+
+        Raises:
+          UserError: where some option has a value that nothing has refused so far, and with which it cannot be traced.
+        """
         flip = augment.flip if self.settings.data.flip else None
-        return loop.compile_program(self.trainer, feed, self.mesh, self.settings.mesh, flip)
+        try:
+            program = loop.compile_program(self.trainer, feed, self.mesh, self.settings.mesh, flip)
+            jax.eval_shape(program.advance, program.abstract, feed.chunk(0, 1), jnp.int32(1), {})
+        except (TypeError, ValueError, AttributeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"this config cannot be trained ({type(error).__name__}: {reason[:200]}).") from error
+        return program
 
     @functools.cached_property
     def extractor(self) -> features.Features:
@@ -79,20 +88,26 @@ class Run:
 
     def judge_samples(self, images: np.ndarray, labels: np.ndarray | None, light: bool = False) -> dict[str, Any]:
         """Judge images uint8 [N,H,W,C] against held-out images."""
+        report.check(images, labels, self.dataset)
         return report.judge(images, labels, self.dataset, self.extractor, self.settings.evaluate, light=light)
 
 
-def assemble(config: Mapping[str, Any]) -> Run:
+def assemble(config: Mapping[str, Any], training: bool = True) -> Run:
     """Check a config and build all that it names.
+
+    Args:
+      config: nested dictionaries.
+      training: False for a run that is only sampled: then all devices share the batch, whatever mesh it was trained on.
 
     Raises:
       UserError: naming the field, its value and what would be right.
     """
     checked = settings.from_config(config)
-    mesh = sharding.make_mesh(checked.mesh)
-    sharding.check_rules(checked.mesh)
-    micro = checked.train.batch_size // checked.train.accumulate
-    sharding.check_batch(mesh, "train.batch_size / train.accumulate", micro)
+    mesh = sharding.make_mesh(checked.mesh if training else settings.MeshSettings())
+    if training:
+        sharding.check_rules(checked.mesh)
+        micro = checked.train.batch_size // checked.train.accumulate
+        sharding.check_batch(mesh, "train.batch_size / train.accumulate", micro)
     dataset = data.build(checked.data)
     family = families.build(checked.family, dataset.spec, checked.precision)
     return Run(
@@ -110,35 +125,3 @@ def assemble(config: Mapping[str, Any]) -> Run:
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(config))
-
-
-def open_workdir(workdir: str) -> Run:
-    """The run that a workdir's config.json describes.
-
-    Raises:
-      UserError: where there is no readable config.
-    """
-    file = Path(workdir) / "config.json"
-    if not file.is_file():
-        raise UserError(f"--workdir={workdir}: there is no run here (no config.json); train one first.")
-    return assemble(read_json(file))
-
-
-def load_weights(run: Run, workdir: str, profile: str, step: int | None) -> tuple[Weights, int]:
-    """The weights of an averaging profile at a checkpoint, and its step; the newest where `step` is None.
-
-    Raises:
-      UserError: for an unknown profile, or a checkpoint that is not there or cannot be read.
-    """
-    profiles = ("none", *run.settings.train.ema)
-    if profile not in profiles:
-        raise UserError(f"--ema={profile}: there is no such averaging profile; known: {', '.join(profiles)}.")
-    directory = Path(workdir) / "checkpoints"
-    checkpoints = Checkpoints(Path(workdir)) if directory.is_dir() else None
-    steps = checkpoints.steps() if checkpoints else []
-    if not steps:
-        raise UserError(f"--workdir={workdir}: there is no checkpoint yet; go on training first.")
-    if step is not None and step not in steps:
-        raise UserError(f"--step={step}: there is no such checkpoint; there are {', '.join(map(str, steps))}.")
-    step = steps[-1] if step is None else step
-    return checkpoints.restore_weights(run.weights_like(), step, profile), step

@@ -40,19 +40,22 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     )
 
 
-def main(values: flags.FlagValues) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the command."""
+    values = arguments.parse("sample", define, argv)
     workdir, out = arguments.required(values, "workdir"), Path(arguments.required(values, "out"))
     if out.suffix not in (".npz", ".png"):
         raise UserError(f"--out={out}: must end in .npz or .png.")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out={out}: there is no directory {out.parent}.")
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise UserError(f"--out={out}: must be a file in a directory that is there.")
+    files.check_can_write("--out", out.absolute().parent)
 
-    from diffusion_jax.cli import pictures, run, runtime
+    from diffusion_jax.cli import pictures, runtime
+    from diffusion_jax.cli.workdir import load_weights, open_run
     from diffusion_jax.sampling import Sampler
 
     runtime.prepare()
-    made_by = run.open_workdir(workdir)
+    made_by = open_run(workdir)
     classes = made_by.dataset.spec.num_classes
     if values.label is not None and not 0 <= values.label < classes:
         known = f"must lie in [0, {classes})" if classes else "this model has no classes; leave the flag out"
@@ -63,7 +66,7 @@ def main(values: flags.FlagValues) -> None:
     sampler = made_by.sampler
     if values.batch_size:
         sampler = Sampler(made_by.family, made_by.dataset.spec, made_by.mesh, values.batch_size)
-    weights, step = run.load_weights(made_by, workdir, profile, values.step)
+    weights, step = load_weights(made_by, workdir, profile, values.step)
 
     labels = sampler.labels(values.num_samples, values.label)
     images = sampler.draw(weights, values.seed, labels, values.num_samples, options)
@@ -94,7 +97,7 @@ def decode(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
       UserError: where the file is not one.
     """
     try:
-        with file.open("rb") as handle, np.load(handle) as content:
+        with file.open("rb") as handle, zipfile.ZipFile(handle), np.load(handle) as content:
             images = content["images"]
             labels = content.get("label", None)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

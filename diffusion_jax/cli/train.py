@@ -6,21 +6,22 @@ end stand a grid of samples, an evaluation against held-out images and the next 
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from diffusion_jax import files
 from diffusion_jax.cli import arguments
-from diffusion_jax.errors import UserError
+from diffusion_jax.training.preemption import Leave, Preemption
 
 if TYPE_CHECKING:
     from diffusion_jax.cli.run import Run
+    from diffusion_jax.data import Feed
     from diffusion_jax.training.checkpoint import Checkpoints
     from diffusion_jax.training.logbook import Logbook
-    from diffusion_jax.training.loop import Task
+    from diffusion_jax.training.loop import Program, Task
     from diffusion_jax.types import TrainState
 
 
@@ -36,106 +37,83 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     )
 
 
-def main(values: flags.FlagValues) -> None:
-    """Run the command."""
+def main(argv: Sequence[str]) -> None:
+    """Run the command. Everything that can be wrong is found before the workdir is touched."""
+    preemption = Preemption()
+    values = arguments.parse("train", define, argv)
     config = arguments.config_of(values)
     workdir = Path(arguments.required(values, "workdir"))
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: is a file, not a directory.")
-
-    from diffusion_jax.training.preemption import Leave, Preemption
-
-    preemption = Preemption()
+    files.check_can_write("--workdir", workdir / "config.json")
 
     from diffusion_jax.cli import run as runs
     from diffusion_jax.cli import runtime
+    from diffusion_jax.cli.workdir import check_config, keep_config
     from diffusion_jax.training.checkpoint import Checkpoints
 
     runtime.prepare()
     run = runs.assemble(config)
-    keep_config(workdir, run.config, values.override)
-    checkpoints = Checkpoints(workdir, run.settings.checkpoint)
-    try:
-        state, step = train(run, workdir, checkpoints, preemption)
-        checkpoints.wait()
-        if step < run.settings.train.steps:
-            raise Leave
-        with preemption.leaving_at_once():
-            finish(run, workdir, state, step)
-    except Leave:
-        again = shlex.join(["diffusion-jax", *sys.argv[1:]])
-        print(f"Asked to stop; {saved_at(checkpoints)}. The same command goes on from there:\n  {again}")
-    finally:
-        checkpoints.close()
+    check_config(workdir, run.config, values.override)
+    feed = run.feed()
+    program = run.program(feed)
+    with files.locked(workdir):
+        checkpoints = Checkpoints(workdir, run.settings.checkpoint)
+        try:
+            start = (checkpoints.steps() or [0])[-1]
+            if start:
+                checkpoints.check(program.abstract, start)
+            keep_config(workdir, run.config)
+            state, step = train(run, workdir, feed, program, checkpoints, preemption)
+            if step < run.settings.train.steps:
+                raise Leave
+            with preemption.leaving_at_once():
+                finish(run, workdir, state, step)
+        except Leave:
+            checkpoints.wait()
+            steps = checkpoints.steps()
+            where = f"saved at step {steps[-1]}" if steps else "there was nothing to save yet"
+            again = shlex.join(["diffusion-jax", "train", *argv])
+            print(f"Asked to stop; {where}. The same command goes on from there:\n  {again}")
+        finally:
+            checkpoints.close()
 
 
-def saved_at(checkpoints: "Checkpoints") -> str:
-    """What there is to go on from."""
-    steps = checkpoints.steps()
-    return f"saved at step {steps[-1]}" if steps else "there was nothing to save yet"
-
-
-def keep_config(workdir: Path, config: Mapping[str, Any], override: bool) -> None:
-    """Write config.json, unless the run was begun with another config; with `override` the old one is kept beside it.
-
-    Raises:
-      UserError: naming the fields that contradict the saved config.
-    """
-    file = workdir / "config.json"
-    if file.exists():
-        saved = files.read_json(file)
-        fields = differences(saved, config)
-        if fields and not override:
-            raise UserError(
-                f"--workdir={workdir} was begun with another config: {'; '.join(fields)}; "
-                "take another workdir, or go on under the new config with --override."
-            )
-        if fields:
-            number = len(list(workdir.glob("config.before-override-*.json")))
-            files.write_json(workdir / f"config.before-override-{number}.json", saved)
-    files.write_json(file, config)
-
-
-def differences(saved: Mapping[str, Any], config: Mapping[str, Any], path: str = "") -> list[str]:
-    """`"train.steps is 10, was 20"` for every field in which two configs differ."""
-    found = []
-    for key in sorted({*saved, *config}):
-        old, new = saved.get(key), config.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{path}{key}.")
-        elif old != new:
-            found.append(f"{path}{key} is {new!r}, was {old!r}")
-    return found
-
-
-def train(run: "Run", workdir: Path, checkpoints: "Checkpoints", preemption: Any) -> tuple["TrainState", int]:
+def train(
+    run: "Run", workdir: Path, feed: "Feed", program: "Program", checkpoints: "Checkpoints", preemption: Preemption
+) -> tuple["TrainState", int]:
     """Train to the end, or until asked to stop; the last step is saved either way. Returns (state, finished steps)."""
     from diffusion_jax.training import loop
     from diffusion_jax.training.logbook import Logbook
 
-    settings = run.settings
-    feed = run.feed()
-    program = run.program(feed)
+    settings = run.settings.train
     start = (checkpoints.steps() or [0])[-1]
     if start:
         print(f"going on from step {start} in {workdir}", file=sys.stderr)
     state = checkpoints.restore(program.abstract, start) if start else program.init()
-
-    with Logbook(workdir, start, settings.train.steps, settings.train.batch_size) as logbook:
+    with Logbook(workdir, start, settings.steps, settings.batch_size) as logbook:
         state, step = loop.run(
             program,
             feed,
             state,
             start,
-            settings.train,
+            settings,
             frozen={},
             tasks=tasks(run, workdir, checkpoints, logbook),
             log=logbook.progress,
             stop=preemption.asked,
         )
     if step > start:
-        checkpoints.save(state, step, {"examples": step * settings.train.batch_size, "config": run.config})
+        save(run, checkpoints, state, step)
     return state, step
+
+
+def save(run: "Run", checkpoints: "Checkpoints", state: "TrainState", step: int) -> None:
+    """Save, unless the run is in a streak of updates that were not finite: the last checkpoint is the better one."""
+    streak = int(state.skipped["in_a_row"])
+    if streak:
+        print(f"step {step} is not saved: the last {streak} updates were not finite", file=sys.stderr)
+    else:
+        about = {"examples": step * run.settings.train.batch_size, "config": run.config}
+        checkpoints.save(state, step, about)
 
 
 def tasks(run: "Run", workdir: Path, checkpoints: "Checkpoints", logbook: "Logbook") -> list["Task"]:
@@ -146,8 +124,8 @@ def tasks(run: "Run", workdir: Path, checkpoints: "Checkpoints", logbook: "Logbo
     settings = run.settings
     judged = not report.too_small(run.dataset)
 
-    def save(state: "TrainState", step: int) -> None:
-        checkpoints.save(state, step, {"examples": step * settings.train.batch_size, "config": run.config})
+    def keep(state: "TrainState", step: int) -> None:
+        save(run, checkpoints, state, step)
         logbook.rest()
 
     def grid(state: "TrainState", step: int) -> None:
@@ -160,7 +138,7 @@ def tasks(run: "Run", workdir: Path, checkpoints: "Checkpoints", logbook: "Logbo
         logbook.rest()
 
     return [
-        Task(every=settings.checkpoint.every, act=save),
+        Task(every=settings.checkpoint.every, act=keep),
         Task(every=settings.sample.every, act=grid),
         Task(every=settings.evaluate.every if judged else 0, act=judge),
     ]

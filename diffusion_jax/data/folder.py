@@ -4,7 +4,8 @@ Which images are held out:
 - where PATH has sub-directories named `data.train_split` and `data.held_out_split` ("train" and "test" unless the
   config says otherwise), they are the two parts, and the classes are their sub-directories;
 - else a file is held out if a hash of its name relative to PATH says so, one in `HELD_OUT` on average. It does not
-  depend on the other files: images that are added later leave every other one where it is.
+  depend on the other files: images that are added later leave every other one where it is. (In a folder so small that
+  this picks none, the file with the lowest hash is held out.)
 
 Every file is decoded once when the data set is built: what is no image, or a broken one, is logged by name and skipped.
 Hidden files are not looked at.
@@ -128,8 +129,12 @@ def split(settings: DataSettings, root: Path) -> tuple[tuple[File, ...], tuple[F
         )
     else:
         files = usable(list(walk(root)))
-        train = tuple(file for file in files if not is_held_out(file.name))
-        held_out = tuple(file for file in files if is_held_out(file.name))
+        lowest = min((fingerprint(file.name) for file in files), default=0)
+        chosen = lambda file: fingerprint(file.name) % HELD_OUT == 0
+        if not any(map(chosen, files)):  # a small folder
+            chosen = lambda file: fingerprint(file.name) == lowest
+        train = tuple(file for file in files if not chosen(file))
+        held_out = tuple(file for file in files if chosen(file))
     if not train and not held_out:
         raise UserError(f"data.name = {settings.name!r}: holds no image that can be read (PNG, JPEG or WebP).")
     for part, kind in ((train, "to train on"), (held_out, "to hold out")):
@@ -139,9 +144,9 @@ def split(settings: DataSettings, root: Path) -> tuple[tuple[File, ...], tuple[F
     return train, held_out
 
 
-def is_held_out(name: str) -> bool:
-    """Whether the file of this name, relative and with forward slashes, belongs to the held-out part."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT == 0
+def fingerprint(name: str) -> int:
+    """A number in [0, 2^64) from a file's name, relative and with forward slashes."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def walk(root: Path) -> Iterator[File]:

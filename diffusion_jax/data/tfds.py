@@ -65,7 +65,7 @@ def example(record: dict[str, Any], spec: ImageSpec) -> dict[str, Any]:
     if not spec.num_classes:
         return out
     label = int(record["label"])
-    require(label >= 0, "data.train_split", label, "holds examples without a label; choose a labelled split")
+    require(label >= 0, "label", label, "the split holds examples without a label; choose a labelled one")
     return out | {"label": label}
 
 
@@ -84,6 +84,12 @@ def build(settings: DataSettings, argument: str) -> Dataset:
     splits = {"train_split": settings.train_split, "held_out_split": settings.held_out_split}
     train, held_out = (read(settings, builder, field, split, features, spec) for field, split in splits.items())
     refuse_overlap(settings, builder)
+    for field, source in (("train_split", train), ("held_out_split", held_out)):
+        require(len(source) > 0, f"data.{field}", splits[field], "holds no example")
+        try:
+            source[0]  # sets without labels in some split have none from the first example on
+        except UserError as error:
+            raise UserError(f"data.{field} = {splits[field]!r}: {error}") from None
     return Dataset(name=settings.name, spec=spec, train=train, held_out=held_out)
 
 

@@ -83,7 +83,7 @@ def judge(
     Raises:
       UserError: for images of another shape or type than the data's, or too few of any kind.
     """
-    _check(images, label, dataset)
+    check(images, label, dataset)
     limit = min(settings.max_real, LIGHT_REAL) if light else settings.max_real
     real = [choose(source, limit) for source in (dataset.train, dataset.held_out)]
     train, held_out = (_look(source.image, source.label, features) for source in real)
@@ -124,7 +124,8 @@ def too_small(dataset: Dataset) -> str:
     return ""
 
 
-def _check(images: np.ndarray, label: np.ndarray | None, dataset: Dataset) -> None:
+def check(images: np.ndarray, label: np.ndarray | None, dataset: Dataset) -> None:
+    """Raise `UserError` unless the images (and labels) can be judged against `dataset`."""
     shape = dataset.spec.shape
     require(
         images.shape[1:] == shape, "shape of the samples", images.shape[1:], f"{dataset.name} has images of {shape}"
@@ -136,6 +137,9 @@ def _check(images: np.ndarray, label: np.ndarray | None, dataset: Dataset) -> No
         raise UserError(problem)
     if label is not None:
         require(label.shape == (len(images),), "shape of the labels", label.shape, f"must be ({len(images)},)")
+        classes = dataset.spec.num_classes
+        inside = np.issubdtype(label.dtype, np.integer) and np.all((label >= 0) & (label < classes))
+        require(inside, "labels", f"{label.dtype} {label[:3]}...", f"must be integers in [0, {classes})")
 
 
 def _look(images: np.ndarray, label: np.ndarray | None, features: Features) -> Sample:

@@ -11,7 +11,7 @@ from diffusion_jax.settings import from_section
 from diffusion_jax.types import Family, ImageSpec
 
 FAMILIES = {"diffusion": diffusion}
-"""A family is a module with `FamilySettings`, `Sampling` (dataclasses) and `build(settings, spec, precision)`."""
+"""A family is a module with `FamilySettings`, `SampleSettings` (dataclasses) and `build(settings, spec, precision)`."""
 
 
 def build(section: Mapping[str, Any], spec: ImageSpec, precision: str) -> Family:

@@ -79,7 +79,7 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         require(1 <= self.steps <= MAX_STEPS, "sample.steps", self.steps, f"must lie in [1, {MAX_STEPS}]")
-        require(self.guidance >= 0.0, "sample.guidance", self.guidance, "must not be negative")
+        require(0.0 <= self.guidance < jnp.inf, "sample.guidance", self.guidance, "must be a number from 0 on")
 
 
 @jax.tree_util.register_dataclass

@@ -33,8 +33,8 @@ class DiTOptions:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.patch, self.width, self.depth, self.heads) < 1:
-            raise ValueError("patch, width, depth and heads must be at least 1")
+        if min(self.patch, self.width, self.depth, self.heads, int(self.mlp_ratio * self.width)) < 1:
+            raise ValueError("patch, width, depth, heads and mlp_ratio * width must be at least 1")
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"width must be divisible by 4 and by heads = {self.heads}, and {self.width} is not")
         if not 0.0 <= self.dropout < 1.0:

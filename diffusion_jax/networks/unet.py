@@ -33,6 +33,8 @@ class UNetOptions:
             raise ValueError(f"channels must be a multiple of 32, not {self.channels}")
         if not self.multipliers or any(not isinstance(m, int) or m < 1 for m in self.multipliers):
             raise ValueError(f"multipliers must be whole numbers of at least 1, not {self.multipliers}")
+        if any(not isinstance(side, int) or side < 1 for side in self.attention):
+            raise ValueError(f"attention must be whole numbers of pixels, not {self.attention}")
         if self.blocks < 1:
             raise ValueError(f"blocks must be at least 1, not {self.blocks}")
         if not 0.0 <= self.dropout < 1.0:

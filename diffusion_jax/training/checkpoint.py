@@ -4,6 +4,7 @@ WORKDIR/checkpoints/STEP/ holds the parts of the `TrainState` as separate items,
 one averaging profile and nothing else, and `about`, a JSON of the data position and of what the run was.
 """
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import read_json
 from diffusion_jax.settings import CheckpointSettings
+from diffusion_jax.tree import path_name
 from diffusion_jax.types import TrainState, Tree, Weights
 
 PARTS = {"params": ("params",), "opt_state": ("opt_state",), "ema": ("ema",), "rest": ("step", "extra", "skipped")}
@@ -53,7 +56,13 @@ class Checkpoints:
         if step in self.manager.all_steps():
             return
         items = {item: ocp.args.PyTreeSave(fields_of(state, item)) for item in PARTS}
-        self.manager.save(step, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(dict(about))), force=True)
+        about = {**about, "shapes": {item: shapes(fields_of(state, item)) for item in PARTS}}
+        self.manager.save(step, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about)), force=True)
+
+    def check(self, abstract: TrainState, step: int) -> None:
+        """Raise `UserError` unless the checkpoint at `step` holds just the arrays of `abstract`, in their shapes."""
+        for item in PARTS:
+            self._check(step, item, fields_of(abstract, item), whole=True)
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """The state at `step`, laid out as `abstract` (shapes and shardings) says.
@@ -61,6 +70,7 @@ class Checkpoints:
         Raises:
           UserError: where the checkpoint is damaged or of another model.
         """
+        self.check(abstract, step)
         restored = self._read(step, {item: fields_of(abstract, item) for item in PARTS})
         return TrainState(**{name: value for item in PARTS for name, value in restored[item].items()})
 
@@ -72,8 +82,21 @@ class Checkpoints:
         """
         item = "params" if profile == "none" else "ema"
         wanted = {"params": abstract} if profile == "none" else {"ema": {profile: abstract}}
+        self._check(step, item, wanted, whole=profile == "none")
         restored = self._read(step, {item: wanted})[item][item]
         return restored if profile == "none" else restored[profile]
+
+    def _check(self, step: int, item: str, wanted: Tree, whole: bool) -> None:
+        saved = read_json(self.directory / str(step) / "about" / "metadata").get("shapes", {}).get(item, {})
+        expected = shapes(wanted)
+        names = {*saved, *expected} if whole else expected
+        for name in sorted(names):
+            if saved.get(name) != expected.get(name):
+                was, now = (f"shape {table[name]}" if name in table else "absent" for table in (saved, expected))
+                raise UserError(
+                    f"{self.directory / str(step)} is of another model: {name} is {was} there and {now} in this "
+                    "config; take the config that it was trained with, or another workdir."
+                )
 
     def _read(self, step: int, wanted: Mapping[str, Tree]) -> Mapping[str, Tree]:
         def into(tree: Tree) -> ocp.args.PyTreeRestore:
@@ -85,6 +108,9 @@ class Checkpoints:
             return self.manager.restore(step, args=args)
         except Exception as error:  # orbax, tensorstore and the file system each raise their own
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            sys.unraisablehook = lambda unraisable: (
+                None
+            )  # orbax's abandoned coroutines would complain after our sentence
             others = [str(other) for other in self.steps() if other != step]
             advice = f"move it away to go on from step {others[-1]}" if others else "and it is the only checkpoint"
             raise UserError(f"{self.directory / str(step)} cannot be restored ({reason[:300]}); {advice}.") from error
@@ -104,6 +130,11 @@ def fields_of(state: TrainState, item: str) -> dict[str, Tree]:
     return {name: getattr(state, name) for name in PARTS[item]}
 
 
-def abstract_like(shapes: Tree, shardings: Tree) -> Tree:
+def shapes(tree: Tree) -> dict[str, list[int]]:
+    """{path: shape} of every leaf, as JSON has it."""
+    return {path_name(path): list(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def abstract_like(tree: Tree, shardings: Tree) -> Tree:
     """`jax.ShapeDtypeStruct`s with shardings: what to restore into."""
-    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
+    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), tree, shardings)

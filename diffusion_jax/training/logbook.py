@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard events, and a line of progress."""
 
+import datetime
 import json
 import math
 import sys
@@ -60,7 +61,7 @@ class Logbook:
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step, speed=speed)
         else:
-            left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / rate))
+            left = datetime.timedelta(seconds=round((self.total - step) / rate))
             print(f"step {step}/{self.total}  {speed}  {left} left", file=sys.stderr, flush=True)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -8,8 +8,21 @@ import jax
 import optax
 
 from diffusion_jax import plugs
+from diffusion_jax.errors import require
 from diffusion_jax.settings import TrainSettings
 
+SCHEDULES = (
+    "constant_schedule",
+    "cosine_decay_schedule",
+    "cosine_onecycle_schedule",
+    "exponential_decay",
+    "linear_onecycle_schedule",
+    "linear_schedule",
+    "polynomial_schedule",
+    "warmup_constant_schedule",
+    "warmup_cosine_decay_schedule",
+    "warmup_exponential_decay_schedule",
+)
 OPTIMIZERS = ("adam", "adamw", "adafactor", "lamb", "lion", "nadam", "nadamw", "radam", "rmsprop", "sgd")
 
 
@@ -37,22 +50,17 @@ def _with_optax_promotion(inner: optax.GradientTransformation) -> optax.Gradient
 
 
 def learning_rate(train: TrainSettings) -> Callable:
-    """step -> learning rate, from any `optax.*_schedule`.
+    """step -> learning rate, by the name of one of optax's `SCHEDULES`.
 
     `train.learning_rate` is the peak (or the only, or the initial) value and `train.steps` the length, unless the
     schedule's own options say otherwise.
     """
-    table = {
-        name: getattr(optax, name)
-        for name in dir(optax)
-        if name.endswith("_schedule") and not name.startswith(("inject", "join", "piecewise"))
-    }
+    table = {name: getattr(optax, name) for name in SCHEDULES}
     name, options = plugs.parse("train.learning_rate_schedule", train.learning_rate_schedule)
     takes = inspect.signature(table[name]).parameters if name in table else {}
-    if "peak_value" in takes:
-        given = {"init_value": 0.0, "peak_value": train.learning_rate}
-    else:
-        given = {"value": train.learning_rate, "init_value": train.learning_rate}
-    given |= {"decay_steps": train.steps, "transition_steps": train.steps}
+    peak = next((key for key in ("peak_value", "value", "init_value") if key in takes), "")
+    rule = f"leave {peak} out: it is train.learning_rate"
+    require(peak not in options, "train.learning_rate_schedule", train.learning_rate_schedule, rule)
+    given = {"init_value": 0.0, "decay_steps": train.steps, "transition_steps": train.steps, peak: train.learning_rate}
     given = {key: value for key, value in given.items() if key in takes and key not in options}
     return plugs.build("train.learning_rate_schedule", train.learning_rate_schedule, table, **given)

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Leave(Exception):
-    """Raised inside `Preemption.leaving_at_once` when SIGTERM comes."""
+class Leave(BaseException):
+    """Raised inside `Preemption.leaving_at_once` when SIGTERM comes; no `except Exception` may swallow it."""
 
 
 class Preemption:

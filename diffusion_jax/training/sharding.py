@@ -57,25 +57,26 @@ def check_batch(mesh: Mesh, field: str, size: int) -> None:
 def infer(abstract: Tree, mesh: Mesh, settings: MeshSettings) -> Tree:
     """A `NamedSharding` for every leaf of an abstract tree.
 
-    The first rule whose expression is found in a leaf's path says its axes; a large array that no rule names is cut
-    along its longest divisible axis over `fsdp`. Optimizer state and averages have their parameter's path at their
+    The first rule whose expression is found in a leaf's path, and whose axes are as many as the leaf's, says how it is
+    cut: first the config's own rules, then, for large arrays, `RULES`. A large array that no rule names is cut along
+    its longest divisible axis over `fsdp`. Optimizer state and averages have their parameter's path at their
     end, so they lie where it lies. An axis that does not divide evenly stays whole.
     """
-    rules = tuple(settings.rules) + RULES
 
     def of(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        return NamedSharding(mesh, _spec(tree.path_name(path), leaf.shape, mesh, rules))
+        return NamedSharding(mesh, _spec(tree.path_name(path), leaf.shape, mesh, settings.rules))
 
     return jax.tree_util.tree_map_with_path(of, abstract)
 
 
-def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: tuple) -> P:
-    if math.prod(shape) < LARGE:
-        return P()
-    for pattern, axes in rules:
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, own: tuple) -> P:
+    small = math.prod(shape) < LARGE
+    for pattern, axes in own if small else (*own, *RULES):
         if re.search(pattern, name) and len(axes) == len(shape):
             fits = [a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape, strict=True)]
             return P(*fits)
+    if small:
+        return P()
     axis = next((int(i) for i in np.argsort(shape)[::-1] if shape[i] % mesh.shape["fsdp"] == 0), None)
     return P(*("fsdp" if i == axis else None for i in range(len(shape))))
 
@@ -85,7 +86,13 @@ def check_rules(settings: MeshSettings) -> None:
     for rule in settings.rules:
         ok = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], tuple)
         ok = ok and all(axis in (None, "data", "fsdp", "tensor") for axis in rule[1])
-        require(ok, "mesh.rules", rule, "write (regular expression, (axis or None, ...)) with the mesh's axes")
+        ok = ok and all(rule[1].count(axis) == 1 for axis in rule[1] if axis)
+        require(
+            ok,
+            "mesh.rules",
+            rule,
+            "write (regular expression, (axis or None, ...)) with each of the mesh's axes once at most",
+        )
         try:
             re.compile(rule[0])
         except re.error as error:

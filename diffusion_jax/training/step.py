@@ -80,7 +80,7 @@ class Trainer:
     def update(
         self, player: Player, state: TrainState, batch: Batch, frozen: Tree
     ) -> tuple[TrainState, Array, Metrics]:
-        """One player's update: (state, whether loss and gradient were finite, metrics)."""
+        """One player's update: (state, whether loss, gradient and result are finite, metrics)."""
         loss, aux, gradient = self.gradient(player, state, batch, frozen)
         norm = tree.norm(gradient)
         params = state.params[player.name]
@@ -94,7 +94,7 @@ class Trainer:
         metrics = {"loss": loss, "gradient_norm": norm} | aux.metrics
         if len(self.family.players) > 1:
             metrics = {f"{player.name}/{key}": value for key, value in metrics.items()}
-        return new, jnp.isfinite(loss) & jnp.isfinite(norm), metrics
+        return new, jnp.isfinite(loss) & jnp.isfinite(norm) & tree.all_finite(new.params[player.name]), metrics
 
     def gradient(self, player: Player, state: TrainState, batch: Batch, frozen: Tree) -> tuple[Array, Aux, Tree]:
         """(loss, aux, gradient) of one player, averaged over `accumulate` microbatches."""

@@ -63,6 +63,18 @@ def complain(capsys, *argv):
         ([CONFIG, "--config.train.ema.main=warmup(decay=1.5)"], ["train.ema.main", "1.5"]),
         ([CONFIG, "--config.mesh.data=3"], ["mesh", "8 devices"]),
         ([CONFIG, "--config.checkpoint.keep=0"], ["checkpoint.keep = 0"]),
+        (["--config", "configs/nothing.py:diffusion"], ["configs/nothing.py"]),
+        (["--config", "configs/digits.py:diffusion", "--config.train.stepz", "3"], ["train.stepz", "steps"]),
+        ([CONFIG, "--config.train.learning_rate=fast"], ["train.learning_rate=fast", "a number"]),
+        ([CONFIG, "--config.data.flip=perhaps"], ["data.flip=perhaps", "true or false"]),
+        ([CONFIG, "--config.data.train_split=x"], ["data.train_split = 'x'", "digits does not read"]),
+        ([CONFIG, "--config.train.learning_rate=inf"], ["train.learning_rate = inf"]),
+        ([CONFIG, "--config.train.optimizer=sgd(momentum='abc')"], ["cannot be trained"]),
+        ([CONFIG, "--config.train.optimizer=adamw(mu_dtype='float33')"], ["float33"]),
+        ([CONFIG, "--config.train.learning_rate_schedule=constant_schedule(value=0.1)"], ["train.learning_rate"]),
+        ([CONFIG, "--config.family.network=dit(mlp_ratio=-1.0)"], ["mlp_ratio"]),
+        ([CONFIG, "--config.family.network=unet(attention=('a',))"], ["attention"]),
+        ([CONFIG, "--config.mesh.rules=(('kernel',('fsdp','fsdp')),)"], ["mesh.rules"]),
         ([CONFIG, "--wrkdir=x"], ["wrkdir", "workdir"]),
         ([CONFIG, "extra"], ["'extra' is no flag"]),
     ],
@@ -94,7 +106,7 @@ def test_a_workdir_that_is_a_file_is_refused(capsys, tmp_path):
     assert "is a file" in complain(capsys, "train", CONFIG, f"--workdir={tmp_path / 'run'}")
 
 
-@pytest.mark.parametrize(("out", "word"), [("x.gif", ".npz or .png"), ("no/such/x.npz", "no directory")])
+@pytest.mark.parametrize(("out", "word"), [("x.gif", ".npz or .png"), ("no/such/x.npz", "a directory that is there")])
 def test_sample_refuses_an_impossible_out(capsys, tmp_path, out, word):
     assert word in complain(capsys, "sample", f"--workdir={tmp_path}", f"--out={tmp_path / out}")
 
@@ -115,3 +127,14 @@ def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("workdir", ["pyproject.toml/x", "/proc/nothing/x"])
+def test_a_workdir_that_cannot_be_made_is_refused(capsys, workdir):
+    assert workdir.split("/")[-2] in complain(capsys, "train", CONFIG, f"--workdir={workdir}")
+
+
+def test_a_samples_file_leaves_no_room_for_ema_and_step(capsys, tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"")
+    line = complain(capsys, "evaluate", f"--workdir={tmp_path}", f"--samples={tmp_path / 'x.npz'}", "--step=3")
+    assert "--step" in line

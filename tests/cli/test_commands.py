@@ -134,7 +134,7 @@ def test_evaluate_judges_a_run_and_a_file(workdir, tmp_path, capsys):
     assert main(["evaluate", f"--workdir={workdir}", f"--samples={tmp_path / 'x.npz'}", "--json"]) == 0
     judged = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert judged["metrics"]["frechet"] == printed["metrics"]["frechet"]
-    assert (tmp_path / "x.json").exists()
+    assert (tmp_path / "x.npz.evaluation.json").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a zip"])
@@ -146,6 +146,7 @@ def test_a_file_that_holds_no_samples_is_refused(workdir, tmp_path, capsys, cont
 
 def test_sample_refuses_what_the_run_does_not_have(workdir, tmp_path, capsys):
     for flag, word in [
+        ("--guidance=inf", "sample.guidance"),
         ("--label=10", "[0, 10)"),
         ("--step=7", "30, 40"),
         ("--ema=x", "main"),

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.cli import run as runs
+from diffusion_jax.cli.workdir import open_run
 from diffusion_jax.training import sharding
 from diffusion_jax.training.checkpoint import Checkpoints, abstract_like
 
@@ -63,7 +63,7 @@ def saved_steps(workdir):
 
 def final_state(workdir):
     """The last checkpoint, read back whole."""
-    run = runs.open_workdir(str(workdir))
+    run = open_run(str(workdir))
     shapes = jax.eval_shape(run.trainer.init)
     checkpoints = Checkpoints(workdir)
     shardings = sharding.infer(shapes, run.mesh, run.settings.mesh)
@@ -146,8 +146,21 @@ def test_a_contradicting_config_is_refused_and_override_keeps_the_old_one(tmp_pa
     assert (workdir / "config.json").read_bytes() == saved
 
     forced = subprocess.Popen([*changed, "--override"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for((workdir / "config.before-override-0.json").exists, forced)
+    before = max(saved_steps(workdir))
+    wait_for(lambda: max(saved_steps(workdir)) > before, forced)
     forced.kill()
     forced.communicate()
-    assert json.loads((workdir / "config.before-override-0.json").read_text()) == json.loads(saved)
+    assert json.loads((workdir / "config.before-0.json").read_text()) == json.loads(saved)
     assert json.loads((workdir / "config.json").read_text())["train"]["learning_rate"] == 0.5
+
+    for network, word in (
+        ("dit(patch=4,width=16,depth=1,heads=2)", "shape"),
+        ("dit(width=32,depth=2,heads=2)", "absent"),
+    ):
+        state = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*.json"))
+        other = [*changed, "--override", f"--config.family.network={network}"]
+        refused = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert refused.returncode == 2, refused.stderr
+        assert "is of another model" in refused.stderr
+        assert word in refused.stderr
+        assert sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*.json")) == state
