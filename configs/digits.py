@@ -31,7 +31,7 @@ def diffusion(config: ConfigDict) -> None:
     config.train.steps = 4000
     config.train.batch_size = 64
     config.train.learning_rate = 4e-3
-    config.train.learning_rate_schedule = "warmup_cosine_decay_schedule(warmup_steps=200)"
+    config.train.learning_rate_schedule = "cosine_onecycle_schedule(pct_start=0.05)"
     config.train.ema.main = "warmup(decay=0.995)"
     config.sample.solver = "heun"
     config.sample.grid = "quadratic"
