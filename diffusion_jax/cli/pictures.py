@@ -6,13 +6,17 @@ import math
 import numpy as np
 from PIL import Image
 
+GAP = 96
+"""Grey level of the lines between images."""
+
 
 def png(images: np.ndarray, columns: int = 10, least: int = 480) -> bytes:
     """A grid of uint8 [N,H,W,C] images, row by row, enlarged by a whole factor to at least `least` pixels of width."""
+    images = np.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=GAP)
     count, height, width, channels = images.shape
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    grid = np.zeros((rows * columns, height, width, channels), np.uint8)
+    grid = np.full((rows * columns, height, width, channels), GAP, np.uint8)
     grid[:count] = images
     grid = grid.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     grid = grid.reshape(rows * height, columns * width, channels)

@@ -94,7 +94,7 @@ def v(*, schedule: Schedule) -> Prediction:
 
 
 def velocity(*, schedule: Schedule) -> Prediction:
-    """y = dx/dt = alpha' x0 + sigma' eps (Lipman et al. 2022, eq. 6); eps - x0 for rectified flow."""
+    """y = dx/dt = alpha' x0 + sigma' eps (Lipman et al. 2022, section 4); eps - x0 for rectified flow."""
     return Prediction(
         schedule=schedule,
         coefficients=lambda t: with_derivatives(schedule, t)[2:],

@@ -122,7 +122,7 @@ def test_flags_of_sample_reach_the_sampler(workdir, tmp_path):
         assert (changed["images"] != plain["images"]).any(), change
     assert main(["sample", f"--workdir={workdir}", f"--out={tmp_path / 'x.png'}", "--num_samples=20"]) == 0
     with Image.open(tmp_path / "x.png") as picture:
-        assert picture.size == (10 * 8 * 6, 2 * 8 * 6)
+        assert picture.size == (10 * 9 * 6, 2 * 9 * 6)  # a line of one pixel between images
 
 
 def test_evaluate_judges_a_run_and_a_file(workdir, tmp_path, capsys):
