@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     values = arguments.parse("train", define, argv)
     config = arguments.config_of(values)
     workdir = Path(arguments.required(values, "workdir"))
-    files.check_can_write("--workdir", workdir / "config.json")
+    files.check_can_write("--workdir", workdir)
 
     from diffusion_jax.cli import run as runs
     from diffusion_jax.cli import runtime

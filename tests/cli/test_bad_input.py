@@ -103,7 +103,7 @@ def test_a_workdir_without_a_checkpoint_is_named(capsys, tmp_path):
 
 def test_a_workdir_that_is_a_file_is_refused(capsys, tmp_path):
     (tmp_path / "run").write_text("")
-    assert "is a file" in complain(capsys, "train", CONFIG, f"--workdir={tmp_path / 'run'}")
+    assert "run is a file" in complain(capsys, "train", CONFIG, f"--workdir={tmp_path / 'run'}")
 
 
 @pytest.mark.parametrize(("out", "word"), [("x.gif", ".npz or .png"), ("no/such/x.npz", "a directory that is there")])
