@@ -25,6 +25,9 @@ def diffusion(config: ConfigDict) -> None:
 
     Quantiles of the times are stratified and their density reaches further towards the clean image than a plain
     logit-normal: the digits' grey levels are decided there.
+
+    Cost: 4,000 steps, 2 min 13 s with the evaluation on two idle CPU cores. Score, over three seeds: Fréchet distance
+    1.28 to 1.42 times the real floor, precision 0.90 to 0.91, recall 0.85 to 0.86, 98 % recognised (see README).
     """
     config.family.network = "dit(patch=2,width=96,depth=4,heads=4)"
     config.family.time_sampling = "logit_normal(mean=-0.2,std=1.3)"
