@@ -438,3 +438,9 @@ def test_new_steps_times_and_options_do_not_compile_again(text):
 def test_impossible_eta(eta):
     with pytest.raises(UserError, match=r"sample.solver.*ddim.*eta"):
         plugs.build("sample.solver", f"ddim(eta={eta})", SOLVERS)
+
+
+def test_no_two_solvers_are_one_structure_to_jax():
+    """Else a jitted function that has run one of them may run its program for the other."""
+    structures = [jax.tree.structure(solver()) for solver in SOLVERS.values()]
+    assert all(a != b for i, a in enumerate(structures) for b in structures[:i])

@@ -1,12 +1,36 @@
 """What a solver is, and the loop that runs it."""
 
-from typing import Protocol
+from dataclasses import fields
+from typing import Protocol, TypeVar
 
 import jax
 
 from diffusion_jax import rng
 from diffusion_jax.diffusion.schedule import Schedule
 from diffusion_jax.types import Array, Denoiser, Tree
+
+T = TypeVar("T")
+
+
+def pytree(cls: type[T]) -> type[T]:
+    """Register a frozen dataclass as a pytree whose leaves are its fields.
+
+    `jax.tree_util.register_dataclass` (jax 0.10 to 0.12) takes two classes with equal fields for one structure, and a
+    jitted function may then run the wrong solver's program; here the class's name is part of the structure.
+    """
+    names = [field.name for field in fields(cls)]
+
+    def flatten(solver: T) -> tuple[tuple, str]:
+        return tuple(getattr(solver, name) for name in names), cls.__qualname__
+
+    def unflatten(_: str, leaves: tuple) -> T:
+        solver = object.__new__(cls)  # leaves may be anything while jax moves them about: no check of ranges here
+        for name, leaf in zip(names, leaves, strict=True):
+            object.__setattr__(solver, name, leaf)
+        return solver
+
+    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+    return cls
 
 
 class Solver(Protocol):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from diffusion_jax import rng
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule
+from diffusion_jax.diffusion.solvers.base import pytree
 from diffusion_jax.types import Array, Denoiser
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True, kw_only=True)
 class DDIM:
     """x_s = alpha_s x0 + sqrt(sigma_s^2 - noise^2) eps + noise z, of order 1.

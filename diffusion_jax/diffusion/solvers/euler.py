@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import jax
-
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule, with_derivatives
+from diffusion_jax.diffusion.solvers.base import pytree
 from diffusion_jax.types import Array, Denoiser
 
 
@@ -16,7 +15,7 @@ def slope(denoise: Denoiser, schedule: Schedule, x: Array, t: Array) -> Array:
     return over(d_alpha, x) * x0 + over(d_sigma, x) * eps
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True, kw_only=True)
 class Euler:
     """x_s = x_t + (s - t) dx/dt, of order 1."""

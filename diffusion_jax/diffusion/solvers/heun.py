@@ -6,11 +6,12 @@ import jax
 
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule
+from diffusion_jax.diffusion.solvers.base import pytree
 from diffusion_jax.diffusion.solvers.euler import slope
 from diffusion_jax.types import Array, Denoiser
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True, kw_only=True)
 class Heun:
     """An Euler step, then the mean of the slopes at both of its ends: of order 2, two evaluations a step.
