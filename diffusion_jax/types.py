@@ -21,8 +21,24 @@ Weights = Mapping[str, Tree]
 Metrics = Mapping[str, Array]
 """Named f32[] values, averaged over the steps between two log lines."""
 
-Denoiser = Callable[[Array, Array], tuple[Array, Array]]
-"""(x f32[n,H,W,C], t f32[] or f32[n]) -> (x0, eps): both, so that nobody divides by an alpha or sigma that is 0."""
+
+class Denoised(NamedTuple):
+    """What a model makes of x_t = alpha x0 + sigma eps: both parts, so that nobody divides by an alpha or sigma of 0.
+
+    Attributes:
+      x0: f32[n,H,W,C].
+      eps: f32[n,H,W,C].
+      spread: f32[n,H,W,C] in [0, 1] where the model has learned its variance, else None: log variance of the ancestral
+        step between its least (0) and its largest (1) value (Nichol & Dhariwal 2021, eq. 15).
+    """
+
+    x0: Array
+    eps: Array
+    spread: Array | None = None
+
+
+Denoiser = Callable[[Array, Array], Denoised]
+"""(x f32[n,H,W,C], t f32[] or f32[n]) -> `Denoised`."""
 
 
 @dataclass(frozen=True, kw_only=True)

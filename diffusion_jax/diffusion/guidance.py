@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule
-from diffusion_jax.types import Array, Denoiser
+from diffusion_jax.types import Array, Denoised, Denoiser
 
-LabelDenoiser = Callable[[Array, Array, Array], tuple[Array, Array]]
-"""(x, t, label i32[n]) -> (x0, eps)."""
+LabelDenoiser = Callable[[Array, Array, Array], Denoised]
+"""(x, t, label i32[n]) -> `Denoised`."""
 
 
 def classifier_free(denoise: LabelDenoiser, label: Array, null: int, weight: Array) -> Denoiser:
@@ -27,7 +27,7 @@ def classifier_free(denoise: LabelDenoiser, label: Array, null: int, weight: Arr
     """
     n = label.shape[0]
 
-    def guided(x: Array, t: Array) -> tuple[Array, Array]:
+    def guided(x: Array, t: Array) -> Denoised:
         both = jnp.stack([label, jnp.full_like(label, null)], axis=1).reshape(2 * n)
         doubled = jnp.repeat(x, 2, axis=0, total_repeat_length=2 * n)
 
@@ -35,8 +35,7 @@ def classifier_free(denoise: LabelDenoiser, label: Array, null: int, weight: Arr
             conditional, unconditional = pair[0::2], pair[1::2]
             return unconditional + over(weight, x) * (conditional - unconditional)
 
-        x0, eps = denoise(doubled, t, both)
-        return mix(x0), mix(eps)
+        return jax.tree.map(mix, denoise(doubled, t, both))
 
     return lambda x, t: jax.lax.cond(weight == 1.0, lambda: denoise(x, t, label), lambda: guided(x, t))
 
@@ -47,10 +46,11 @@ def clip(denoise: Denoiser, schedule: Schedule, bound: Array) -> Denoiser:
     An eps that no longer belongs to x0 would push x off the path: (x0, eps) must stay a split of x (t above 0).
     """
 
-    def clipped(x: Array, t: Array) -> tuple[Array, Array]:
-        x0, eps = denoise(x, t)
-        inside = jnp.clip(x0, -bound, bound)
+    def clipped(x: Array, t: Array) -> Denoised:
+        d = denoise(x, t)
+        inside = jnp.clip(d.x0, -bound, bound)
         # x = alpha x0 + sigma eps: what x0 loses, eps gains.
-        return inside, eps + over(schedule.alpha(t) / schedule.sigma(t), x) * (x0 - inside)
+        gained = over(schedule.alpha(t) / schedule.sigma(t), x) * (d.x0 - inside)
+        return d._replace(x0=inside, eps=d.eps + gained)
 
     return clipped

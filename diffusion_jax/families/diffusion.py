@@ -27,7 +27,7 @@ from diffusion_jax.diffusion.solvers.base import Solver, solve
 from diffusion_jax.diffusion.weighting import WEIGHTINGS
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.settings import from_section
-from diffusion_jax.types import Array, Aux, Condition, Context, Family, ImageSpec, Player, Tree, Weights
+from diffusion_jax.types import Array, Aux, Condition, Context, Denoised, Family, ImageSpec, Player, Tree, Weights
 
 # ---------------------------------------------------------------------------------------------- what a user sets
 
@@ -170,8 +170,8 @@ class Model:
         """Images f32[n,H,W,C] in [-1,1], one for each of keys key[n]: solve from noise down to t = 0."""
         schedule = self.prediction.schedule
 
-        def denoise(x: Array, t: Array, label: Array | None) -> tuple[Array, Array]:
-            return self.prediction.split(x, self.predict(weights["denoiser"], x, t, label), t)
+        def denoise(x: Array, t: Array, label: Array | None) -> Denoised:
+            return Denoised(*self.prediction.split(x, self.predict(weights["denoiser"], x, t, label), t))
 
         if self.spec.num_classes:
             denoiser = guidance.classifier_free(denoise, condition["label"], self.spec.num_classes, options.guidance)

@@ -12,6 +12,7 @@ from diffusion_jax.diffusion import guidance
 from diffusion_jax.diffusion.schedule import SCHEDULES
 from diffusion_jax.diffusion.solvers import SOLVERS
 from diffusion_jax.diffusion.solvers.base import solve
+from diffusion_jax.types import Denoised
 
 NULL = 9
 
@@ -22,7 +23,7 @@ def of(schedule, mean, std):
     def denoise(x, t):
         alpha, sigma = (jnp.full((1, 1, 1, 1), c, x.dtype) for c in (schedule.alpha(t), schedule.sigma(t)))
         off = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
-        return mean + alpha * std**2 * off, sigma * off
+        return Denoised(mean + alpha * std**2 * off, sigma * off)
 
     return denoise
 
@@ -44,7 +45,7 @@ def guided(schedule, label, weight):
 @functools.cache
 def compiled(schedule):
     """(x, t, label, weight) -> the guided (x0, eps)."""
-    return jax.jit(lambda x, t, label, weight: guided(schedule, label, weight)(x, t))
+    return jax.jit(lambda x, t, label, weight: guided(schedule, label, weight)(x, t)[:2])
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -55,7 +56,7 @@ def schedule(request):
 def exact(x, t, label):
     """A model whose only roundings are its sums', so that no compiler may round it differently."""
     offset = label.astype(x.dtype).reshape(-1, 1, 1, 1)
-    return 0.5 * x + offset, 2.0 * x - offset
+    return Denoised(0.5 * x + offset, 2.0 * x - offset)
 
 
 def test_weight_one_is_the_conditional_model_to_the_bit():
@@ -63,14 +64,14 @@ def test_weight_one_is_the_conditional_model_to_the_bit():
     x, label = jax.random.normal(jax.random.key(0), (3, 8, 8, 1)), jnp.int32([0, 3, 8])
     got = guidance.classifier_free(exact, label, NULL, jnp.float32(1.0))(x, jnp.float32(0.5))
     conditional, unconditional = exact(x, None, label), exact(x, None, jnp.full_like(label, NULL))
-    np.testing.assert_array_equal(got, conditional)
+    np.testing.assert_array_equal(got[:2], conditional[:2])
     assert np.any(np.asarray(unconditional[0] + (conditional[0] - unconditional[0])) != conditional[0])
 
 
 def test_weight_zero_is_the_unconditional_model_to_the_bit():
     x, label = jax.random.normal(jax.random.key(0), (3, 8, 8, 1)), jnp.int32([0, 3, 8])
     got = guidance.classifier_free(exact, label, NULL, jnp.float32(0.0))(x, jnp.float32(0.5))
-    np.testing.assert_array_equal(got, exact(x, None, jnp.full_like(label, NULL)))
+    np.testing.assert_array_equal(got[:2], exact(x, None, jnp.full_like(label, NULL))[:2])
 
 
 def test_weight_one_costs_one_evaluation_of_the_batch():
@@ -79,7 +80,7 @@ def test_weight_one_costs_one_evaluation_of_the_batch():
 
     def denoise(x, t, label):
         sizes.append(x.shape[0])
-        return x, x
+        return Denoised(x, x)
 
     with jax.disable_jit():
         for weight in (1.0, 1.5):
@@ -107,7 +108,7 @@ def test_examples_do_not_see_each_other(schedule, x64):
             jnp.where(keep.reshape(5, 1, 1, 1), x, 9.0), t, jnp.where(keep, label, NULL - label), weight
         )
         np.testing.assert_allclose(np.asarray(others)[:, i], whole[:, i], rtol=1e-12)
-    unlabelled = of(schedule, 0.0, 0.8)(x, t)
+    unlabelled = of(schedule, 0.0, 0.8)(x, t)[:2]
     np.testing.assert_allclose(whole[:, 1], np.asarray(unlabelled)[:, 1], rtol=1e-10)
     assert not np.allclose(whole[:, 0], np.asarray(unlabelled)[:, 0])
 
@@ -157,7 +158,7 @@ def test_clipped_parts_still_make_x(schedule, bound, x64):
     for t in (1e-3, 0.3, 0.7, 1.0):
         t = jnp.float64(t)
         x = 3.0 * jnp.hypot(schedule.alpha(t), schedule.sigma(t)) * jax.random.normal(jax.random.key(3), (4, 3, 3, 1))
-        x0, eps = denoise(x, t)
+        x0, eps, _ = denoise(x, t)
         assert np.abs(x0).max() <= bound
         np.testing.assert_allclose(schedule.alpha(t) * x0 + schedule.sigma(t) * eps, x, rtol=1e-9, atol=1e-9)
         clipped += int(np.sum(np.asarray(x0) != np.asarray(of(schedule, 0.0, 2.0)(x, t)[0])))
@@ -167,9 +168,9 @@ def test_clipped_parts_still_make_x(schedule, bound, x64):
 def test_clipping_leaves_what_is_inside(schedule):
     x = jax.random.normal(jax.random.key(3), (4, 3, 3, 1))
     for t in (1e-3, 0.5, 1.0):
-        free = of(schedule, 0.0, 0.5)(x, jnp.float32(t))
-        infinite = guidance.clip(of(schedule, 0.0, 0.5), schedule, jnp.float32(jnp.inf))(x, jnp.float32(t))
-        wide = guidance.clip(of(schedule, 0.0, 0.5), schedule, jnp.float32(1e6))(x, jnp.float32(t))
+        free = of(schedule, 0.0, 0.5)(x, jnp.float32(t))[:2]
+        infinite = guidance.clip(of(schedule, 0.0, 0.5), schedule, jnp.float32(jnp.inf))(x, jnp.float32(t))[:2]
+        wide = guidance.clip(of(schedule, 0.0, 0.5), schedule, jnp.float32(1e6))(x, jnp.float32(t))[:2]
         np.testing.assert_array_equal(infinite, free)
         np.testing.assert_array_equal(wide, free)
 
@@ -177,10 +178,10 @@ def test_clipping_leaves_what_is_inside(schedule):
 def test_clipping_takes_one_time_an_example(schedule):
     x = 5.0 * jax.random.normal(jax.random.key(3), (3, 2, 2, 1))
     t = jnp.float32([0.2, 0.6, 1.0])
-    fixed = lambda x, t: (2.0 * jnp.ones_like(x), jnp.zeros_like(x))
-    whole = np.asarray(guidance.clip(fixed, schedule, jnp.float32(1.0))(x, t))
+    fixed = lambda x, t: Denoised(2.0 * jnp.ones_like(x), jnp.zeros_like(x))
+    whole = np.asarray(guidance.clip(fixed, schedule, jnp.float32(1.0))(x, t)[:2])
     for i in range(3):
-        alone = guidance.clip(fixed, schedule, jnp.float32(1.0))(x[i : i + 1], t[i])
+        alone = guidance.clip(fixed, schedule, jnp.float32(1.0))(x[i : i + 1], t[i])[:2]
         np.testing.assert_allclose(alone, whole[:, i : i + 1], rtol=1e-6)
 
 
@@ -189,4 +190,4 @@ def test_guided_and_clipped_is_finite_from_end_to_end(schedule):
     run = jax.jit(guidance.clip(guided(schedule, label, jnp.float32(8.0)), schedule, jnp.float32(1.0)))
     x = 2.0 * schedule.sigma(jnp.float32(1.0)) * jax.random.normal(jax.random.key(3), (2, 2, 2, 1))
     for t in (1.0, 0.999, 0.5, 1e-2, 1e-4, 1e-6):
-        assert np.all(np.isfinite(np.asarray(run(x, jnp.float32(t)))))
+        assert np.all(np.isfinite(np.asarray(run(x, jnp.float32(t))[:2])))

@@ -33,12 +33,12 @@ class DDIM:
     def step(  # noqa: D102
         self, denoise: Denoiser, schedule: Schedule, x: Array, t: Array, s: Array, carry: tuple, keys: Array
     ) -> tuple[Array, tuple]:
-        x0, eps = denoise(x, t)
+        d = denoise(x, t)
         sigma_s = schedule.sigma(s)
         snr_ratio = (schedule.alpha(t) * sigma_s / (schedule.alpha(s) * schedule.sigma(t))) ** 2
         noise = self.eta * sigma_s * jnp.sqrt(jnp.maximum(1.0 - snr_ratio, 0.0))
         # sqrt(sigma_s^2 - noise^2), written so that it neither cancels nor rounds to below 0 where alpha_t is next to 0
         kept = sigma_s * jnp.sqrt(1.0 - self.eta**2 + self.eta**2 * jnp.minimum(snr_ratio, 1.0))
-        x = over(schedule.alpha(s), x) * x0 + over(kept, x) * eps
+        x = over(schedule.alpha(s), x) * d.x0 + over(kept, x) * d.eps
         add = lambda x: x + over(noise, x) * rng.normal(keys, x.shape[1:], x.dtype)
         return jax.lax.cond(noise > 0.0, add, lambda x: x, x), carry

@@ -1,13 +1,12 @@
-"""Heun's second-order method on the probability-flow ODE (Karras et al. 2022, algorithm 1)."""
+"""Heun's second-order method on the probability-flow ODE (Karras et al. 2022, algorithm 1) in the straight frame."""
 
 from dataclasses import dataclass
 
 import jax
 
-from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule
 from diffusion_jax.diffusion.solvers.base import pytree
-from diffusion_jax.diffusion.solvers.euler import slope
+from diffusion_jax.diffusion.straight import Straight
 from diffusion_jax.types import Array, Denoiser
 
 
@@ -25,11 +24,12 @@ class Heun:
     def step(  # noqa: D102
         self, denoise: Denoiser, schedule: Schedule, x: Array, t: Array, s: Array, carry: tuple, keys: Array
     ) -> tuple[Array, tuple]:
-        first = slope(denoise, schedule, x, t)
-        euler = x + over(s - t, x) * first
+        frame = Straight(schedule)
+        first = frame.slope(denoise(x, t))
+        euler = frame.move(x, t, s, first)
 
         def correct() -> Array:
-            second = slope(denoise, schedule, euler, s)
-            return x + over(0.5 * (s - t), x) * (first + second)
+            second = frame.slope(denoise(euler, s))
+            return frame.move(x, t, s, 0.5 * (first + second))
 
         return jax.lax.cond(s > 0.0, correct, lambda: euler), carry
