@@ -96,6 +96,8 @@ class CheckpointSettings:
         require(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
         require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "must be 0 (off) or a number of steps")
+        rule = f"must be a multiple of checkpoint.every = {self.every}, or nothing would be kept"
+        require(self.keep_every % self.every == 0, "checkpoint.keep_every", self.keep_every, rule)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,12 @@ from diffusion_jax.sampling import Sampler
 from diffusion_jax.training import loop, sharding
 from diffusion_jax.training.checkpoint import abstract_like
 from diffusion_jax.training.step import Trainer
-from diffusion_jax.types import Family, Tree, Weights
+from diffusion_jax.types import Family, ImageSpec, Tree, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything that a config describes.
+class Model:
+    """What a config says of the model: enough to sample, without the data.
 
     Attributes:
       config: nested plain dictionaries, as JSON keeps them.
@@ -34,17 +34,24 @@ class Run:
 
     config: dict[str, Any]
     settings: settings.Settings
-    dataset: Dataset
+    spec: ImageSpec
     family: Family
-    trainer: Trainer
     mesh: Mesh
     sampler: Sampler
     options: Tree
 
     def weights_like(self) -> Weights:
         """Shapes and shardings of the weights."""
-        shapes = jax.eval_shape(self.trainer.init).params
+        shapes = weight_shapes(self.family)
         return abstract_like(shapes, sharding.infer({"params": shapes}, self.mesh, self.settings.mesh)["params"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Model):
+    """Everything that a config describes: the model, its data and its training."""
+
+    dataset: Dataset
+    trainer: Trainer
 
     def feed(self) -> data.Feed:
         """The training batches."""
@@ -92,12 +99,32 @@ class Run:
         return report.judge(images, labels, self.dataset, self.extractor, self.settings.evaluate, light=light)
 
 
+def assemble_model(config: Mapping[str, Any], spec: ImageSpec, mesh: Mesh | None = None) -> Model:
+    """Check a config and build its model for images of `spec`, on all devices where no mesh is given.
+
+    Raises:
+      UserError: naming the field, its value and what would be right.
+    """
+    checked = settings.from_config(config)
+    mesh = mesh or sharding.make_mesh(settings.MeshSettings())
+    family = families.build(checked.family, spec, checked.precision)
+    return Model(
+        config=plain(config),
+        settings=checked,
+        spec=spec,
+        family=family,
+        mesh=mesh,
+        sampler=Sampler(family, spec, mesh, checked.sample.batch_size),
+        options=family.sampling(checked.sampling),
+    )
+
+
 def assemble(config: Mapping[str, Any], training: bool = True) -> Run:
     """Check a config and build all that it names.
 
     Args:
       config: nested dictionaries.
-      training: False for a run that is only sampled: then all devices share the batch, whatever mesh it was trained on.
+      training: False for a run that is only judged: then all devices share the batch, whatever mesh it was trained on.
 
     Raises:
       UserError: naming the field, its value and what would be right.
@@ -105,21 +132,19 @@ def assemble(config: Mapping[str, Any], training: bool = True) -> Run:
     checked = settings.from_config(config)
     mesh = sharding.make_mesh(checked.mesh if training else settings.MeshSettings())
     if training:
-        sharding.check_rules(checked.mesh)
         micro = checked.train.batch_size // checked.train.accumulate
         sharding.check_batch(mesh, "train.batch_size / train.accumulate", micro)
     dataset = data.build(checked.data)
-    family = families.build(checked.family, dataset.spec, checked.precision)
-    return Run(
-        config=plain(config),
-        settings=checked,
-        dataset=dataset,
-        family=family,
-        trainer=Trainer(family, checked.train, checked.seed),
-        mesh=mesh,
-        sampler=Sampler(family, dataset.spec, mesh, checked.sample.batch_size),
-        options=family.sampling(checked.sampling),
-    )
+    model = assemble_model(config, dataset.spec, mesh)
+    if training:
+        sharding.check_rules(checked.mesh, weight_shapes(model.family))
+    trainer = Trainer(model.family, checked.train, checked.seed)
+    return Run(**vars(model), dataset=dataset, trainer=trainer)
+
+
+def weight_shapes(family: Family) -> Weights:
+    """The family's weights as shapes."""
+    return jax.eval_shape(family.init, jax.random.key(0))[0]
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,12 +51,12 @@ def main(argv: Sequence[str]) -> None:
     files.check_can_write("--out", out.absolute().parent)
 
     from diffusion_jax.cli import pictures, runtime
-    from diffusion_jax.cli.workdir import load_weights, open_run
+    from diffusion_jax.cli.workdir import load_weights, open_model
     from diffusion_jax.sampling import Sampler
 
     runtime.prepare()
-    made_by = open_run(workdir)
-    classes = made_by.dataset.spec.num_classes
+    made_by = open_model(workdir)
+    classes = made_by.spec.num_classes
     if values.label is not None and not 0 <= values.label < classes:
         known = f"must lie in [0, {classes})" if classes else "this model has no classes; leave the flag out"
         raise UserError(f"--label={values.label}: {known}.")
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     profile = values.ema or made_by.settings.sample.ema
     sampler = made_by.sampler
     if values.batch_size:
-        sampler = Sampler(made_by.family, made_by.dataset.spec, made_by.mesh, values.batch_size)
+        sampler = Sampler(made_by.family, made_by.spec, made_by.mesh, values.batch_size)
     weights, step = load_weights(made_by, workdir, profile, values.step)
 
     labels = sampler.labels(values.num_samples, values.label)

@@ -7,6 +7,7 @@ end stand a grid of samples, an evaluation against held-out images and the next 
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,7 +113,7 @@ def save(run: "Run", checkpoints: "Checkpoints", state: "TrainState", step: int)
     if streak:
         print(f"step {step} is not saved: the last {streak} updates were not finite", file=sys.stderr)
     else:
-        about = {"examples": step * run.settings.train.batch_size, "config": run.config}
+        about = {"examples": step * run.settings.train.batch_size, "config": run.config, "spec": asdict(run.spec)}
         checkpoints.save(state, step, about)
 
 

@@ -4,16 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax import files
-from diffusion_jax.cli.run import Run, assemble
+from diffusion_jax import families, files
+from diffusion_jax.cli.run import Model, Run, assemble, assemble_model, plain
 from diffusion_jax.errors import UserError
+from diffusion_jax.settings import common_fields
 from diffusion_jax.training.checkpoint import Checkpoints
-from diffusion_jax.types import Weights
+from diffusion_jax.types import ImageSpec, Weights
 
 
 def check_config(workdir: Path, config: Mapping[str, Any], override: bool) -> None:
     """Raise `UserError`, naming the fields, where a run that has checkpoints was begun with another config."""
-    fields = differences(saved_config(workdir), config) if has_checkpoints(workdir) else []
+    saved = saved_config(workdir) if has_checkpoints(workdir) else None
+    fields = differences(completed(saved), config) if saved else []
     if fields and not override:
         raise UserError(
             f"--workdir={workdir} was begun with another config: {'; '.join(fields)}; "
@@ -42,6 +44,20 @@ def has_checkpoints(workdir: Path) -> bool:
     return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config with the fields that did not exist yet when it was saved, at their defaults.
+
+    Sections whose entries are the user's own (averaging profiles) stay as they are.
+    """
+    family, sample = families.default_fields(saved["family"]["name"])
+    defaults = common_fields() | {"family": family}
+    defaults["sample"] |= sample
+    return {
+        name: {**defaults[name], **saved.get(name, {})} if isinstance(default, Mapping) else saved.get(name, default)
+        for name, default in plain(defaults).items()
+    }
+
+
 def differences(saved: Mapping[str, Any] | None, config: Mapping[str, Any], path: str = "") -> list[str]:
     """`"train.steps is 10, was 20"` for every field in which two configs differ."""
     found = []
@@ -55,31 +71,50 @@ def differences(saved: Mapping[str, Any] | None, config: Mapping[str, Any], path
 
 
 def open_run(workdir: str) -> Run:
-    """The run of a workdir, on the devices that are here, however many it was trained on.
+    """The run of a workdir with its data, on the devices that are here, however many it was trained on.
 
     Raises:
       UserError: where there is no readable config.
     """
-    config = saved_config(Path(workdir))
-    if config is None:
-        raise UserError(f"--workdir={workdir}: there is no run here (no config.json); train one first.")
-    return assemble(config, training=False)
+    return assemble(_config_of(workdir), training=False)
 
 
-def load_weights(run: Run, workdir: str, profile: str, step: int | None) -> tuple[Weights, int]:
+def open_model(workdir: str) -> Model:
+    """The model of a workdir, without its data: a checkpoint says what the images look like.
+
+    Raises:
+      UserError: where there is no readable config or no checkpoint.
+    """
+    config, checkpoints = _config_of(workdir), _checkpoints_of(workdir)
+    spec = checkpoints.about(checkpoints.steps()[-1])["spec"]
+    return assemble_model(config, ImageSpec(**spec))
+
+
+def load_weights(model: Model, workdir: str, profile: str, step: int | None) -> tuple[Weights, int]:
     """The weights of an averaging profile at a checkpoint, and its step; the newest where `step` is None.
 
     Raises:
       UserError: for an unknown profile, or a checkpoint that is not there or cannot be read.
     """
-    profiles = ("none", *run.settings.train.ema)
+    profiles = ("none", *model.settings.train.ema)
     if profile not in profiles:
         raise UserError(f"--ema={profile}: there is no such averaging profile; known: {', '.join(profiles)}.")
-    if not has_checkpoints(Path(workdir)):
-        raise UserError(f"--workdir={workdir}: there is no checkpoint yet; go on training first.")
-    checkpoints = Checkpoints(Path(workdir))
+    checkpoints = _checkpoints_of(workdir)
     steps = checkpoints.steps()
     if step is not None and step not in steps:
         raise UserError(f"--step={step}: there is no such checkpoint; there are {', '.join(map(str, steps))}.")
     step = steps[-1] if step is None else step
-    return checkpoints.restore_weights(run.weights_like(), step, profile), step
+    return checkpoints.restore_weights(model.weights_like(), step, profile), step
+
+
+def _config_of(workdir: str) -> dict[str, Any]:
+    config = saved_config(Path(workdir))
+    if config is None:
+        raise UserError(f"--workdir={workdir}: there is no run here (no config.json); train one first.")
+    return config
+
+
+def _checkpoints_of(workdir: str) -> Checkpoints:
+    if not has_checkpoints(Path(workdir)):
+        raise UserError(f"--workdir={workdir}: there is no checkpoint yet; go on training first.")
+    return Checkpoints(Path(workdir))

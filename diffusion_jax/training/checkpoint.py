@@ -51,7 +51,7 @@ class Checkpoints:
         Args:
           state: the state to save.
           step: its number of finished steps; nothing is written where that step is saved already.
-          about: plain JSON: the position in the data and the config.
+          about: plain JSON: the position in the data, the config, what the images look like.
         """
         if step in self.manager.all_steps():
             return
@@ -86,8 +86,12 @@ class Checkpoints:
         restored = self._read(step, {item: wanted})[item][item]
         return restored if profile == "none" else restored[profile]
 
+    def about(self, step: int) -> dict[str, Any]:
+        """What was said about the checkpoint at `step` when it was saved."""
+        return read_json(self.directory / str(step) / "about" / "metadata")
+
     def _check(self, step: int, item: str, wanted: Tree, whole: bool) -> None:
-        saved = read_json(self.directory / str(step) / "about" / "metadata").get("shapes", {}).get(item, {})
+        saved = self.about(step).get("shapes", {}).get(item, {})
         expected = shapes(wanted)
         names = {*saved, *expected} if whole else expected
         for name in sorted(names):

@@ -81,8 +81,9 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, own: tuple) -> P:
     return P(*("fsdp" if i == axis else None for i in range(len(shape))))
 
 
-def check_rules(settings: MeshSettings) -> None:
-    """Raise `UserError` unless every rule is (regular expression, axes of the mesh or None)."""
+def check_rules(settings: MeshSettings, params: Tree) -> None:
+    """Raise `UserError` unless every rule is (regular expression, axes or None) and fits some array of `params`."""
+    shapes = {tree.path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path({"params": params})}
     for rule in settings.rules:
         ok = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], tuple)
         ok = ok and all(axis in (None, "data", "fsdp", "tensor") for axis in rule[1])
@@ -97,3 +98,5 @@ def check_rules(settings: MeshSettings) -> None:
             re.compile(rule[0])
         except re.error as error:
             require(False, "mesh.rules", rule[0], f"is no regular expression ({error})")
+        fits = any(re.search(rule[0], name) and len(shape) == len(rule[1]) for name, shape in shapes.items())
+        require(fits, "mesh.rules", rule, f"no parameter has such a path and {len(rule[1])} axes")

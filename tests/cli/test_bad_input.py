@@ -75,6 +75,8 @@ def complain(capsys, *argv):
         ([CONFIG, "--config.family.network=dit(mlp_ratio=-1.0)"], ["mlp_ratio"]),
         ([CONFIG, "--config.family.network=unet(attention=('a',))"], ["attention"]),
         ([CONFIG, "--config.mesh.rules=(('kernel',('fsdp','fsdp')),)"], ["mesh.rules"]),
+        ([CONFIG, "--config.mesh.rules=(('kernle',('fsdp',None)),)"], ["mesh.rules", "kernle"]),
+        ([CONFIG, "--config.checkpoint.keep_every=700"], ["checkpoint.keep_every = 700", "multiple", "500"]),
         ([CONFIG, "--wrkdir=x"], ["wrkdir", "workdir"]),
         ([CONFIG, "extra"], ["'extra' is no flag"]),
     ],

@@ -37,7 +37,7 @@ def test_what_is_saved_comes_back_in_any_layout(tmp_path):
 def test_the_newest_and_every_mth_are_kept(tmp_path):
     _, program, _ = toys.digits_run(toys.mesh())
     state = program.init()
-    checkpoints = Checkpoints(tmp_path, CheckpointSettings(keep=2, keep_every=4))
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings(every=2, keep=2, keep_every=4))
     for step in range(1, 8):
         checkpoints.save(state, step, {})
     checkpoints.close()

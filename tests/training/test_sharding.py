@@ -91,10 +91,14 @@ def test_a_batch_that_does_not_divide_is_refused():
         sharding.check_batch(toys.mesh(8), "train.batch_size", 12)
 
 
-@pytest.mark.parametrize("rule", [("x",), ("(", ("data",)), ("x", ("fdsp",)), ("x", "data")])
-def test_malformed_rules_are_refused(rule):
+@pytest.mark.parametrize(
+    "rule", [("x",), ("(", ("data",)), ("x", ("fdsp",)), ("x", "data"), ("x", ("data",)), ("a/kernel", ("data",))]
+)
+def test_rules_that_are_malformed_or_fit_nothing_are_refused(rule):
+    params = {"a": {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}}
+    sharding.check_rules(MeshSettings(rules=(("a/kernel$", (None, "data")),)), params)
     with pytest.raises(UserError, match=r"mesh\.rules"):
-        sharding.check_rules(MeshSettings(rules=(rule,)))
+        sharding.check_rules(MeshSettings(rules=(rule,)), params)
 
 
 @pytest.fixture
