@@ -4,56 +4,152 @@ A grid is f32[MAX_STEPS + 1]; its first `steps` + 1 entries fall from the noise 
 Its length does not depend on the number of steps, so that number is traced and changing it does not compile again.
 """
 
-from typing import Protocol
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.schedule import Schedule
+from diffusion_jax.diffusion.schedule import Schedule, logsnr
+from diffusion_jax.diffusion.schedule.wrappers import shift_time
 from diffusion_jax.types import Array
 
 MAX_STEPS = 1000
 
 
-class Grid(Protocol):
-    """(schedule, steps i32[]) -> f32[MAX_STEPS + 1], falling to 0 at entry `steps`."""
+@dataclass(frozen=True)
+class Grid:
+    """(schedule, steps i32[]) -> f32[MAX_STEPS + 1], falling to 0 at entry `steps`.
 
-    def __call__(self, schedule: Schedule, steps: Array) -> Array: ...  # noqa: D102
+    Attributes:
+      times: (schedule, i f32[MAX_STEPS + 1] = 0, 1, 2 ..., steps f32[]) -> the time of stop i; what it says from i =
+        steps on is not looked at.
+      steps: the only number of steps that the grid is meant for, None for any.
+    """
+
+    times: Callable[[Schedule, Array, Array], Array]
+    steps: int | None = None
+
+    def __call__(self, schedule: Schedule, steps: Array) -> Array:  # noqa: D102
+        i, steps = jnp.arange(MAX_STEPS + 1, dtype=jnp.float32), jnp.asarray(steps, jnp.float32)
+        return jnp.where(i < steps, self.times(schedule, i, steps), 0.0)
 
 
-def _ending(t: Array, steps: Array) -> Array:
-    return jnp.where(jnp.arange(MAX_STEPS + 1) < steps, t, 0.0)
+# ---------------------------------------------------------------------------------------------- steps of t
 
 
 def uniform() -> Grid:
     """t_i = 1 - i / steps."""
-    return lambda schedule, steps: _ending(1.0 - _index() / _float(steps), steps)
+    return Grid(lambda schedule, i, steps: 1.0 - i / steps)
 
 
 def quadratic() -> Grid:
     """t_i = (1 - i / steps)^2: small steps at the end, where details are decided (Song, Meng & Ermon 2021, D.2)."""
-    return lambda schedule, steps: _ending((1.0 - _index() / _float(steps)) ** 2, steps)
+    return Grid(lambda schedule, i, steps: (1.0 - i / steps) ** 2)
+
+
+def cosine() -> Grid:
+    """t_i = (1 + cos(pi i / steps)) / 2: small steps at both ends (the Chebyshev-Lobatto points of [0, 1])."""
+    return Grid(lambda schedule, i, steps: jnp.sin(0.5 * jnp.pi * (steps - i) / steps) ** 2)
+
+
+def shifted(shift: float = 3.0) -> Grid:
+    """t_i = s u / (1 + (s - 1) u), u = 1 - i / steps: more steps in the noise (Esser et al. 2024, eq. 23)."""
+    if not shift > 0.0:
+        raise ValueError(f"shift must be positive, not {shift}")
+    return Grid(lambda schedule, i, steps: shift_time(1.0 - i / steps, shift))
+
+
+def discrete(spacing: str = "trailing", of: int = MAX_STEPS) -> Grid:
+    """Some of the steps k = 0 .. T - 1, T = `of`, of a discrete process; step k is the time (k + 1) / T.
+
+    The three spacings of Lin et al. 2023, Table 2; `leading` does not start in pure noise:
+
+        leading:   k_i = (n - 1 - i) floor(T / n)
+        trailing:  k_i = round(T - i T / n) - 1
+        linspace:  k_i = round((n - 1 - i) (T - 1) / (n - 1)), and k_0 = 0 for a single step
+    """
+    steps_of = {
+        "leading": lambda i, n: (n - 1.0 - i) * jnp.floor(of / n),
+        "trailing": lambda i, n: jnp.round(of * (n - i) / n) - 1.0,
+        "linspace": lambda i, n: jnp.round((n - 1.0 - i) * (of - 1) / jnp.maximum(n - 1.0, 1.0)),
+    }
+    if spacing not in steps_of:
+        raise ValueError(f"spacing must be one of {', '.join(steps_of)}, not {spacing!r}")
+    if of < MAX_STEPS:
+        raise ValueError(f"of must be {MAX_STEPS}, the largest number of steps, or more, not {of}")
+    return Grid(lambda schedule, i, n: (steps_of[spacing](i, n) + 1.0) / of)
+
+
+def custom(times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)) -> Grid:
+    """The stops written down, then 0: t_i = times[i], and as many steps as times.
+
+    For another number of steps, which a user should be refused (`Grid.steps`), it is the line through these stops.
+    """
+    falling = all(later < earlier for earlier, later in itertools.pairwise(times))
+    if not (0 < len(times) <= MAX_STEPS and falling and times[-1] > 0.0 and times[0] <= 1.0):
+        raise ValueError(f"times must be 1 to {MAX_STEPS} numbers that fall, from 1 at most to above 0, not {times}")
+    stops = jnp.asarray([*times, 0.0], jnp.float32)
+    places = jnp.arange(len(stops), dtype=jnp.float32)
+    return Grid(lambda schedule, i, steps: jnp.interp(i * (len(times) / steps), places, stops), steps=len(times))
+
+
+# ---------------------------------------------------------------------------------------------- steps of noise
 
 
 def karras(rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Grid:
-    """Equal steps in (sigma/alpha)^(1/rho) from sigma_max to sigma_min, then 0 (Karras et al. 2022, eq. 5)."""
+    """Equal steps in (sigma/alpha)^(1/rho) from sigma_max to sigma_min, then 0 (Karras et al. 2022, eq. 5).
+
+    It starts at the schedule's own sigma(1) / alpha(1) where that is less.
+    """
     if not (rho > 0.0 and 0.0 < sigma_min < sigma_max):
         raise ValueError(f"needs rho > 0 and 0 < sigma_min < sigma_max, not {rho}, {sigma_min} and {sigma_max}")
 
-    def times(schedule: Schedule, steps: Array) -> Array:
-        u = jnp.clip(_index() / _float(jnp.maximum(steps - 1, 1)), 0.0, 1.0)
-        high, low = sigma_max ** (1.0 / rho), sigma_min ** (1.0 / rho)
-        ratio = (high + u * (low - high)) ** rho
-        return _ending(jnp.clip(schedule.time(-2.0 * jnp.log(ratio)), 0.0, 1.0), steps)
+    def times(schedule: Schedule, i: Array, steps: Array) -> Array:
+        largest = jnp.minimum(sigma_max, jnp.exp(-0.5 * _end(schedule)))
+        high, low = largest ** (1.0 / rho), sigma_min ** (1.0 / rho)
+        return _at(schedule, -2.0 * rho * jnp.log(high + _ramp(i, steps) * (low - high)))
 
-    return times
-
-
-def _index() -> Array:
-    return jnp.arange(MAX_STEPS + 1, dtype=jnp.float32)
+    return Grid(times)
 
 
-def _float(steps: Array) -> Array:
-    return jnp.asarray(steps, jnp.float32)
+def logsnr_uniform(logsnr_min: float = -2.0 * math.log(80.0), logsnr_max: float = 2.0 * math.log(500.0)) -> Grid:
+    """Equal steps of log-SNR from logsnr_min to logsnr_max, then 0 (Lu et al. 2022, section 3.4).
+
+    It starts at the schedule's own log-SNR at t = 1 where that is more. As it stands: `karras`'s ends.
+    """
+    if not logsnr_min < logsnr_max:
+        raise ValueError(f"logsnr_min must be less than logsnr_max, not {logsnr_min} and {logsnr_max}")
+
+    def times(schedule: Schedule, i: Array, steps: Array) -> Array:
+        first = jnp.maximum(logsnr_min, _end(schedule))
+        return _at(schedule, first + _ramp(i, steps) * (logsnr_max - first))
+
+    return Grid(times)
 
 
-GRIDS = {"uniform": uniform, "quadratic": quadratic, "karras": karras}
+def _ramp(i: Array, steps: Array) -> Array:
+    """0 at the first stop and 1 at the last one above 0."""
+    return jnp.clip(i / jnp.maximum(steps - 1.0, 1.0), 0.0, 1.0)
+
+
+def _end(schedule: Schedule) -> Array:
+    """f32[]: the log-SNR at t = 1."""
+    return logsnr(schedule, jnp.float32(1.0))
+
+
+def _at(schedule: Schedule, logsnr: Array) -> Array:
+    return jnp.clip(schedule.time(logsnr), 0.0, 1.0)
+
+
+GRIDS = {
+    "uniform": uniform,
+    "quadratic": quadratic,
+    "cosine": cosine,
+    "shifted": shifted,
+    "discrete": discrete,
+    "custom": custom,
+    "karras": karras,
+    "logsnr_uniform": logsnr_uniform,
+}

@@ -75,6 +75,18 @@ def eps(*, schedule: Schedule) -> Prediction:
     )
 
 
+def score(*, schedule: Schedule) -> Prediction:
+    """y = grad log q(x_t | x0) = -eps / sigma (Song et al. 2021, eq. 7); give its error the weighting `snr`.
+
+    Plainly squared it grows like 1 / sigma^2 towards the data; with `snr` it is the error of eps.
+    """
+    return Prediction(
+        schedule=schedule,
+        coefficients=lambda t: (jnp.zeros_like(t), -1.0 / schedule.sigma(t)),
+        input_scale=_within_unit_variance(schedule),
+    )
+
+
 def x0(*, schedule: Schedule) -> Prediction:
     """y = x0 (Salimans & Ho 2022, section 4)."""
     return Prediction(
@@ -120,7 +132,7 @@ def edm(*, schedule: Schedule, sigma_data: float = 0.5) -> Prediction:
     return Prediction(schedule=schedule, coefficients=coefficients, input_scale=lambda t: 1.0 / total(t))
 
 
-PREDICTIONS = {"eps": eps, "x0": x0, "v": v, "velocity": velocity, "edm": edm}
+PREDICTIONS = {"eps": eps, "score": score, "x0": x0, "v": v, "velocity": velocity, "edm": edm}
 
 
 def check_pairing(field: str, prediction: Prediction, names: str) -> None:

@@ -1,9 +1,11 @@
 """Which times training looks at: densities over t in [first_time, 1], as functions of a quantile u in [0, 1).
 
-A density and how its quantiles are drawn are two things: `independent` ones, or `stratified` ones, which spread the
-times of a batch evenly over the density and so take most of the noise of "which t was it" out of the gradient.
+A density and how its quantiles are drawn are two things. `QUANTILES` has the ways to draw them: `independent`ly;
+`stratified`, which spreads the times of a batch evenly over the density and so takes most of the noise of "which t was
+it" out of the gradient; or by `importance`, more of them where the loss has been large.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import jax
@@ -12,10 +14,7 @@ from jax.scipy.special import ndtri
 
 from diffusion_jax import rng
 from diffusion_jax.diffusion.schedule import Schedule, first_time
-from diffusion_jax.types import Array
-
-GOLDEN = 0.6180339887498949
-"""(sqrt(5) - 1) / 2: of all steps around a circle, the one whose multiples lie most evenly, however many are taken."""
+from diffusion_jax.types import Array, Tree
 
 
 class TimeSampling(Protocol):
@@ -28,7 +27,7 @@ def uniform() -> TimeSampling:
     """Uniform in t (Ho et al. 2020, algorithm 1)."""
 
     def time(schedule: Schedule, u: Array) -> Array:
-        first = first_time(schedule)
+        first = first_time(schedule).astype(u.dtype)
         return first + (1.0 - first) * u
 
     return time
@@ -49,6 +48,45 @@ def log_normal(mean: float = -1.2, std: float = 1.2) -> TimeSampling:
 TIME_SAMPLINGS = {"uniform": uniform, "logit_normal": logit_normal, "log_normal": log_normal}
 
 
+def _normal(u: Array) -> Array:
+    return ndtri(jnp.clip(u, 1e-7, 1.0 - 1e-7))
+
+
+def _positive(std: float) -> None:
+    if not std > 0.0:
+        raise ValueError(f"std must be positive, not {std}")
+
+
+def _within(schedule: Schedule, t: Array) -> Array:
+    return jnp.clip(t, first_time(schedule).astype(t.dtype), 1.0)
+
+
+# ---------------------------------------------------------------------------------------------- quantiles
+
+
+class Quantiles(Protocol):
+    """How quantiles are drawn. `history` is what a way remembers of past losses; it changes without gradient."""
+
+    def init(self) -> Tree:
+        """The history before the first step; () where there is none."""
+        ...
+
+    def draw(self, history: Tree, key: Array, index: Array) -> tuple[Array, Array]:
+        """Quantiles u f32[B] in [0, 1) and weights f32[B], whose mean is 1, to multiply the losses with.
+
+        `key` is the step's, `index` i32[B] the places in the batch. E weight f(u) is the integral of f over [0, 1].
+        """
+        ...
+
+    def update(self, history: Tree, u: Array, losses: Array) -> Tree:
+        """The history after the losses f32[B] (without the weights of `draw`) at the quantiles u f32[B]."""
+        ...
+
+
+GOLDEN = 0.6180339887498949
+"""(sqrt(5) - 1) / 2: of all steps around a circle, the one whose multiples lie most evenly, however many are taken."""
+
+
 def independent(key: Array, index: Array) -> Array:
     """Quantiles f32[B], each of its own key: for a step's key and i32[B], the places in the batch."""
     return rng.uniform(rng.example_keys(key, index))
@@ -63,14 +101,87 @@ def stratified(key: Array, index: Array) -> Array:
     return jnp.mod(jax.random.uniform(key) + jnp.mod(index.astype(jnp.float32) * GOLDEN, 1.0), 1.0)
 
 
-def _normal(u: Array) -> Array:
-    return ndtri(jnp.clip(u, 1e-7, 1.0 - 1e-7))
+@dataclass(frozen=True, kw_only=True)
+class Independent:
+    """Each quantile on its own."""
+
+    def init(self) -> Tree:  # noqa: D102
+        return ()
+
+    def draw(self, history: Tree, key: Array, index: Array) -> tuple[Array, Array]:  # noqa: D102
+        u = independent(key, index)
+        return u, jnp.ones_like(u)
+
+    def update(self, history: Tree, u: Array, losses: Array) -> Tree:  # noqa: D102
+        return history
 
 
-def _positive(std: float) -> None:
-    if not std > 0.0:
-        raise ValueError(f"std must be positive, not {std}")
+@dataclass(frozen=True, kw_only=True)
+class Stratified:
+    """The quantiles of a batch spread evenly."""
+
+    def init(self) -> Tree:  # noqa: D102
+        return ()
+
+    def draw(self, history: Tree, key: Array, index: Array) -> tuple[Array, Array]:  # noqa: D102
+        u = stratified(key, index)
+        return u, jnp.ones_like(u)
+
+    def update(self, history: Tree, u: Array, losses: Array) -> Tree:  # noqa: D102
+        return history
 
 
-def _within(schedule: Schedule, t: Array) -> Array:
-    return jnp.clip(t, first_time(schedule), 1.0)
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """More quantiles where the loss varies more, and less weight there (Nichol & Dhariwal 2021, section 3.3, eq. 18).
+
+        p_b proportional to sqrt(E L_b^2),    weight = 1 / p,
+
+    over equal bins b of u, from the last `memory` losses in each; uniform until all bins have as many, and mixed with a
+    share `uniform` of the uniform density. A bin is picked by stratified quantiles of p.
+    """
+
+    bins: int = 100
+    memory: int = 10
+    uniform: float = 0.001
+
+    def __post_init__(self) -> None:
+        if not (self.bins > 0 and self.memory > 0 and 0.0 < self.uniform <= 1.0):
+            raise ValueError(
+                "bins and memory must be positive and uniform lie in (0, 1], "
+                f"not {self.bins}, {self.memory} and {self.uniform}"
+            )
+
+    def init(self) -> Tree:
+        """`losses` f32[bins, memory], the oldest overwritten first; `count` i32[bins] of all losses there ever were."""
+        return {"losses": jnp.zeros((self.bins, self.memory)), "count": jnp.zeros((self.bins,), jnp.int32)}
+
+    def density(self, history: Tree) -> Array:
+        """p f32[bins], of mean 1: the density of u in each bin."""
+        size = jnp.sqrt(jnp.mean(jnp.square(history["losses"]), axis=1))
+        known = jnp.all(history["count"] >= self.memory) & (jnp.sum(size) > 0.0)
+        learned = size / jnp.where(known, jnp.mean(size), 1.0)
+        return jnp.where(known, self.uniform + (1.0 - self.uniform) * learned, 1.0)
+
+    def draw(self, history: Tree, key: Array, index: Array) -> tuple[Array, Array]:
+        """The inverse distribution of `density` at stratified quantiles."""
+        p = self.density(history)
+        ends = jnp.concatenate([jnp.zeros(1), jnp.cumsum(p)]) / jnp.sum(p)
+        quantile = stratified(key, index)
+        bin = jnp.clip(jnp.searchsorted(ends, quantile, side="right") - 1, 0, self.bins - 1)
+        within = (quantile - ends[bin]) / (ends[bin + 1] - ends[bin])
+        u = (bin.astype(jnp.float32) + jnp.clip(within, 0.0, 1.0)) / self.bins
+        return jnp.minimum(u, 1.0 - 2.0**-24), 1.0 / p[bin]  # below 1, whatever was rounded
+
+    def update(self, history: Tree, u: Array, losses: Array) -> Tree:
+        """Each loss takes the place of its bin's oldest one; of more than `memory` in a bin the last ones stay."""
+        bin = jnp.clip((u * self.bins).astype(jnp.int32), 0, self.bins - 1)
+        here = bin[:, None] == jnp.arange(self.bins)[None]  # [B, bins]
+        arrived = jnp.sum(here, axis=0, dtype=jnp.int32)
+        rank = jnp.take_along_axis(jnp.cumsum(here, axis=0, dtype=jnp.int32), bin[:, None], axis=1)[:, 0] - 1
+        place = jnp.where(rank >= arrived[bin] - self.memory, (history["count"][bin] + rank) % self.memory, self.memory)
+        kept = history["losses"].at[bin, place].set(jax.lax.stop_gradient(losses), mode="drop")
+        return {"losses": kept, "count": history["count"] + arrived}
+
+
+QUANTILES = {"independent": Independent, "stratified": Stratified, "importance": Importance}

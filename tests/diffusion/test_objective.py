@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from diffusion_jax import plugs, rng
 from diffusion_jax.diffusion.objectives.denoising import Denoising
@@ -31,6 +32,7 @@ def published_floor(name, schedule, t):
         return (slope(schedule.alpha) * sigma - slope(schedule.sigma) * alpha) ** 2 * STD**2 / variance
     return {
         "eps": alpha**2 * STD**2 / variance,
+        "score": (alpha / sigma) ** 2 * STD**2 / variance,
         "x0": STD**2 * sigma**2 / variance,
         "v": (alpha**2 + sigma**2) ** 2 * STD**2 / variance,
         "edm": (sigma**2 + 0.25 * alpha**2) / 0.25 * STD**2 / variance,
@@ -87,16 +89,12 @@ def objective(prediction, time_sampling="uniform", weighting="simple"):
 
 
 def losses(cases, count=COUNT):
-    """{name: (objective, predict)} -> {name: (losses, times)}, in one program: the draws are shared."""
+    """{name: (objective, predict)} -> {name: (losses, times)}; the draws are shared."""
     keys = rng.example_keys(jax.random.key(0), jnp.arange(count))
     x0 = MEAN + STD * jax.random.normal(jax.random.key(1), (count, SIDE, SIDE, 1))
-    program = jax.jit(
-        lambda x0, keys: {
-            name: case.loss(predict, x0, rng.uniform(rng.fold(keys, 9)), keys)
-            for name, (case, predict) in cases.items()
-        }
-    )
-    return jax.tree.map(lambda a: np.asarray(a, np.float64), program(x0, keys))
+    u = rng.uniform(rng.fold(keys, 9))
+    found = {name: case.loss(predict, x0, u, keys) for name, (case, predict) in cases.items()}
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), found)
 
 
 @functools.cache
@@ -118,8 +116,10 @@ def floors(name, prediction, t):
         alpha, sigma = np.asarray(prediction.schedule.alpha(t)), np.asarray(prediction.schedule.sigma(t))
         # x0 and eps given x are one normal variable u: x0 = sigma u, eps = -alpha u, u's variance s^2 / V.
         floor = (a * sigma - b * alpha) ** 2 * STD**2 / (alpha**2 * STD**2 + sigma**2)
-        if name in ("eps", "x0", "v", "velocity", "edm"):
-            np.testing.assert_allclose(floor, published_floor(name, prediction.schedule, t), rtol=1e-4)
+        # at a step of 1000 a discrete schedule has a corner, and `published_floor`'s finite differences no meaning
+        smooth = np.abs(1000 * t - np.round(1000 * t)) > 2e-3
+        published = published_floor(name, prediction.schedule, t)
+        np.testing.assert_allclose(floor[smooth], published[smooth], rtol=1e-4)
     return floor
 
 
@@ -152,14 +152,27 @@ def test_any_other_denoiser_is_worse(name, schedule):
     np.testing.assert_allclose((loss / floors(name, build(name, schedule), t)).mean(), 2.0, atol=0.04)
 
 
-def test_loss_carries_its_weight():
+DENSITIES = {
+    "uniform": lambda ratio, slope: 1.0,
+    "log_normal": lambda ratio, slope: stats.norm.pdf(np.log(ratio), -1.2, 1.2) * slope,
+}
+"""name -> p(t), from sigma / alpha and the slope of its logarithm in t."""
+
+
+@pytest.mark.parametrize("time_sampling", DENSITIES)
+def test_loss_carries_its_weight(time_sampling):
+    """And divides by the density of the times where a weighting asks for that; here on the cosine's angle."""
     prediction = build("v", "cosine")
-    found = losses({text: (objective(prediction, "uniform", text), ideal(prediction)) for text in WEIGHTINGS}, count=64)
+    cases = {text: (objective(prediction, time_sampling, text), ideal(prediction)) for text in WEIGHTINGS}
+    found = losses(cases, count=64)
     plain, t = found["simple"]
+    angle = np.pi / 2 - np.arctan(np.exp(-10.0))
+    p = DENSITIES[time_sampling](np.tan(angle * t), 2.0 * angle / np.sin(2.0 * angle * t))
+    t32, slope = jnp.asarray(t, jnp.float32), jnp.asarray(np.broadcast_to(1.0 / p, t.shape), jnp.float32)
     for text, (weighted, again) in found.items():
         np.testing.assert_array_equal(t, again)
-        weight = plugs.build("weighting", text, WEIGHTINGS)(prediction, jnp.asarray(t, jnp.float32))
-        np.testing.assert_allclose(weighted, plain * np.asarray(weight), rtol=1e-4)
+        weight = plugs.build("weighting", text, WEIGHTINGS)(prediction, t32, slope)
+        np.testing.assert_allclose(weighted, plain * np.asarray(weight), rtol=2e-3)
 
 
 @pytest.mark.parametrize("time_sampling", TIME_SAMPLINGS)

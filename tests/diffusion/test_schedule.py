@@ -1,15 +1,35 @@
 """Schedules against closed forms, published values and finite differences."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.integrate import quad
+from scipy.special import expit
 
 from diffusion_jax import plugs
 from diffusion_jax.diffusion.schedule import SCHEDULES, first_time, logsnr, with_derivatives
 from diffusion_jax.errors import UserError
 
-VARIANCE_PRESERVING = ("vp_linear", "cosine")
+VARIANCE_PRESERVING = [name for name in SCHEDULES if name not in ("ve", "edm", "rectified_flow", "resolution_shifted")]
+OPTIONS = [
+    "shifted(of='vp_linear(beta_max=10.0)',logsnr=-2.0)",
+    "shifted(of='edm',logsnr=1.0)",
+    "resolution_shifted(of='cosine',shift=0.5)",
+    "resolution_shifted(of='scaled_linear',shift=1.6)",
+    "zero_terminal_snr(of='cosine_discrete')",
+    "sigmoid(start=0.0,end=3.0,tau=0.3)",
+    "sigmoid(tau=0.7)",
+    "ddpm_linear(steps=40,beta_max=0.4)",
+]
+TEXTS = [*SCHEDULES, *OPTIONS]
+
+
+def build(text):
+    return plugs.build("schedule", text, SCHEDULES)
+
+
+# ------------------------------------------------------------------------------------------ closed forms
 
 
 def vp_linear(t):
@@ -24,58 +44,208 @@ def cosine(t):
     return np.sqrt(1.0 - np.sin(end * t) ** 2), np.sin(end * t)
 
 
+def sigmoid(t):
+    """gamma(t) of Chen 2023, algorithm 1, with its clipping at 1e-9; alpha^2 = gamma."""
+    start, end, tau = -3.0, 3.0, 1.0
+    gamma = (expit(end / tau) - expit((t * (end - start) + start) / tau)) / (expit(end / tau) - expit(start / tau))
+    gamma = np.clip(gamma, 1e-9, 1.0)
+    return np.sqrt(gamma), np.sqrt(1.0 - gamma)
+
+
+def ve(t):
+    """The variance that dx = sqrt(d s^2 / dt) dw adds up (Song et al. 2021, eq. 30), by quadrature."""
+    rate = np.log(50.0 / 0.01)
+    return 1.0, np.sqrt(quad(lambda u: 2.0 * rate * (0.01 * np.exp(rate * u)) ** 2, 0.0, t, epsrel=1e-12)[0])
+
+
+def shifted(t):
+    """logsnr = logsnr of cosine + 2 ln(64 / 256), variance preserving (Hoogeboom et al. 2023, section 3.1)."""
+    alpha, sigma = cosine(t)
+    with np.errstate(divide="ignore"):
+        moved = 2.0 * np.log(alpha / sigma) + 2.0 * np.log(64 / 256)
+    return np.sqrt(expit(moved)), np.sqrt(expit(-moved))
+
+
+def resolution_shifted(t):
+    """t' = 3 t / (1 + 2 t) on the straight path (Esser et al. 2024, eq. 23)."""
+    moved = 3.0 * t / (1.0 + 2.0 * t)
+    return 1.0 - moved, moved
+
+
 CLOSED_FORMS = {
     "vp_linear": vp_linear,
     "cosine": cosine,
+    "sigmoid": sigmoid,
+    "gvp": lambda t: (np.cos(np.pi * t / 2), np.sin(np.pi * t / 2)),  # Ma et al. 2024, section 2.1
+    "ve": ve,
     "edm": lambda t: (1.0, 80.0 * t),  # Karras et al. 2022, Table 1
     "rectified_flow": lambda t: (1.0 - t, t),  # Liu et al. 2022, eq. 1
+    "shifted": shifted,
+    "resolution_shifted": resolution_shifted,
 }
 
 
-@pytest.fixture(params=SCHEDULES)
-def schedule(request):
-    return plugs.build("schedule", request.param, SCHEDULES)
+def running_product(betas):
+    """alpha-bar_k as Ho et al. 2020 define it below their eq. 4, one factor after the other."""
+    bars, bar = [], 1.0
+    for beta in betas:
+        bar *= 1.0 - beta
+        bars.append(bar)
+    return np.array(bars)
 
 
-def test_data_at_the_start(schedule):
-    assert float(schedule.alpha(jnp.float32(0.0))) == 1.0
-    assert float(schedule.sigma(jnp.float32(0.0))) == 0.0
+def cosine_bars():
+    """Nichol & Dhariwal 2021, eq. 17, and beta clipped at 0.999."""
+    f = lambda k: np.cos((k / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    return running_product([min(1.0 - f(k) / f(k - 1), 0.999) for k in range(1, 1001)])
 
 
-def test_signal_falls_and_noise_prevails_at_the_end(schedule, x64):
-    ratio = np.asarray(logsnr(schedule, jnp.linspace(0.0, 1.0, 501)))
-    assert ratio[0] == np.inf
-    assert np.all(np.diff(ratio[1:]) < 0.0)
-    assert ratio[-1] < -2.0 * np.log(
-        50.0
-    )  # sampling starts from pure noise: what is left of the data must be next to 0
+def rescaled_bars():
+    """Lin et al. 2023, algorithm 1: the square roots are moved to end in 0, then stretched to begin as before."""
+    root = np.sqrt(BARS["scaled_linear"]())
+    first, last = root[0], root[-1]
+    root = root - last
+    return (root * (first / (first - last))) ** 2
+
+
+BARS = {
+    # Ho et al. 2020, section 4: from 1e-4 to 0.02 in 1000 steps
+    "ddpm_linear": lambda: running_product([1e-4 + k * (0.02 - 1e-4) / 999 for k in range(1000)]),
+    # Stable Diffusion's configuration: the square roots from that of 0.00085 to that of 0.012
+    "scaled_linear": lambda: running_product(
+        [(0.00085**0.5 + k * (0.012**0.5 - 0.00085**0.5) / 999) ** 2 for k in range(1000)]
+    ),
+    "cosine_discrete": cosine_bars,
+    "zero_terminal_snr": rescaled_bars,
+}
+"""name -> (alpha-bar_1, ..., alpha-bar_1000)."""
+
+
+def test_every_schedule_has_its_paper_here():
+    assert set(CLOSED_FORMS) | set(BARS) == set(SCHEDULES)
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_closed_form(name, x64):
-    schedule = plugs.build("schedule", name, SCHEDULES)
+    schedule = build(name)
     for t in (0.0, 1e-3, 0.1, 0.37, 0.5, 0.9, 1.0):
         got = schedule.alpha(jnp.float64(t)), schedule.sigma(jnp.float64(t))
-        np.testing.assert_allclose(got, CLOSED_FORMS[name](t), rtol=1e-9, atol=1e-12)
+        digits = 2e-8 if name == "sigmoid" else 1e-9  # ours ends in 1e-9 smoothly, where Chen's clips
+        np.testing.assert_allclose(got, CLOSED_FORMS[name](t), rtol=digits, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", VARIANCE_PRESERVING)
-def test_variance_is_preserved(name, x64):
-    schedule, t = plugs.build("schedule", name, SCHEDULES), jnp.linspace(0.0, 1.0, 101)
-    np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1.0, rtol=1e-12)
+@pytest.mark.parametrize("name", BARS)
+def test_discrete_steps(name, x64):
+    """Step k of 1000 is at t = k / 1000, to 11 digits; in float32 as near as t itself is told, 6e-8."""
+    schedule, bars = build(name), BARS[name]()
+    for dtype, digits in ((jnp.float64, 1e-11), (jnp.float32, 1e-6)):
+        t = jnp.arange(1, 1001).astype(dtype) / 1000
+        np.testing.assert_allclose(schedule.alpha(t), np.sqrt(bars), rtol=digits, atol=0.2 * digits)
+        np.testing.assert_allclose(schedule.sigma(t), np.sqrt(1.0 - bars), rtol=digits)
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_between_the_steps_lies_what_lies_between(name, x64):
+    schedule, bars = build(name), np.append(1.0, BARS[name]())
+    between = np.asarray(schedule.alpha((jnp.arange(1000.0) + 0.3) / 1000))
+    assert np.all(between < np.sqrt(bars[:-1]))
+    assert np.all(between > np.sqrt(bars[1:]))
+
+
+# ------------------------------------------------------------------------------------------ published values
+
+
+def bar(name, k):
+    """alpha-bar_k of 1000."""
+    return float(build(name).alpha(jnp.float64(k / 1000))) ** 2
+
+
+def test_published_ends_of_the_discrete_schedules(x64):
+    """alpha-bar_1000 from the papers' betas, as peers' tables hold it; Ho et al. 2020, section 4, call it KL ~ 1e-5."""
+    np.testing.assert_allclose(bar("ddpm_linear", 1000), 4.03583e-5, rtol=2e-6)
+    np.testing.assert_allclose(bar("scaled_linear", 1000), 0.0046601, rtol=2e-5)
+    np.testing.assert_allclose(bar("cosine_discrete", 1000), 2.42877e-9, rtol=4e-6)
+    assert bar("zero_terminal_snr", 1000) == 0.0
+
+
+def test_published_sigmas_of_stable_diffusion(x64):
+    """sigma / alpha from 0.029167 to 14.61464: the range that samplers in Karras's terms are given for it."""
+    schedule, t = build("scaled_linear"), jnp.float64([0.001, 1.0])
+    np.testing.assert_allclose(schedule.sigma(t) / schedule.alpha(t), [0.029167, 14.61464], rtol=1e-5)
 
 
 def test_published_end_of_the_vp_schedule():
     """Karras et al. 2022 give sigma_max = 152 for Song's VP (their appendix C.1: 152.167 = sqrt(exp(10.05) - 1))."""
-    schedule = plugs.build("schedule", "vp_linear", SCHEDULES)
+    schedule = build("vp_linear")
     np.testing.assert_allclose(schedule.sigma(jnp.float32(1.0)) / schedule.alpha(jnp.float32(1.0)), 152.167, rtol=1e-5)
 
 
 def test_published_noise_label_of_edm():
     """c_noise = ln(sigma) / 4 (Karras et al. 2022, Table 1)."""
-    schedule = plugs.build("schedule", "edm", SCHEDULES)
-    label = schedule.label(jnp.float32([0.002, 0.5, 1.0, 80.0]) / 80.0)
+    label = build("edm").label(jnp.float32([0.002, 0.5, 1.0, 80.0]) / 80.0)
     np.testing.assert_allclose(label, np.log([0.002, 0.5, 1.0, 80.0]) / 4.0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ relations
+
+
+def test_ddpm_in_many_steps_is_the_vp_sde(x64):
+    """Song et al. 2021, appendix B: beta_k = beta(k / T) / T; the difference falls with 1 / T."""
+    t, limit = jnp.linspace(0.1, 1.0, 10), build("vp_linear")
+    errors = []
+    for steps in (1000, 4000):
+        discrete = build(f"ddpm_linear(steps={steps},beta_min={0.1 / steps},beta_max={20.0 / steps})")
+        errors.append(np.abs(np.log(discrete.alpha(t) / limit.alpha(t))).max())
+    assert errors[0] < 0.05
+    np.testing.assert_allclose(errors[0] / errors[1], 4.0, rtol=0.02)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.7, 3.0])
+def test_resolution_shift_of_rectified_flow_is_a_shift_of_its_logsnr(shift, x64):
+    """Esser et al. 2024, section 5.3.2: by -2 ln(s)."""
+    t, schedule = jnp.linspace(0.01, 0.99, 30), build(f"resolution_shifted(of='rectified_flow',shift={shift})")
+    np.testing.assert_allclose(
+        logsnr(schedule, t), logsnr(build("rectified_flow"), t) - 2.0 * np.log(shift), rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "shifted"])
+def test_shifted_adds_to_the_logsnr_of_any_schedule(name, x64):
+    t = jnp.linspace(0.01, 0.99, 30)
+    schedule = build(f"shifted(of='{name}',logsnr=-1.5)")
+    np.testing.assert_allclose(logsnr(schedule, t), logsnr(build(name), t) - 1.5, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1.0, rtol=1e-12)
+
+
+def test_zero_terminal_snr_keeps_the_first_step(x64):
+    np.testing.assert_allclose(bar("zero_terminal_snr", 1), bar("scaled_linear", 1), rtol=1e-14)
+
+
+# ------------------------------------------------------------------------------------------ the interface
+
+
+@pytest.fixture(params=TEXTS)
+def schedule(request):
+    return build(request.param)
+
+
+def test_data_at_the_start(schedule):
+    np.testing.assert_allclose(schedule.alpha(jnp.float32(0.0)), 1.0, rtol=1e-6)
+    assert float(schedule.sigma(jnp.float32(0.0))) == 0.0
+
+
+def test_signal_falls_and_noise_prevails_at_the_end(schedule, x64):
+    """The most signal is left by scaled_linear, log-SNR -5.36, which is what Lin et al. 2023 mend."""
+    ratio = np.asarray(logsnr(schedule, jnp.linspace(0.0, 1.0, 501)))
+    assert ratio[0] == np.inf
+    assert np.all(np.diff(ratio[1:]) < 0.0)
+    assert ratio[-1] < -4.0
+
+
+@pytest.mark.parametrize("name", VARIANCE_PRESERVING)
+def test_variance_is_preserved(name, x64):
+    schedule, t = build(name), jnp.linspace(0.0, 1.0, 997)
+    np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1.0, rtol=1e-12)
 
 
 def test_time_inverts_logsnr(schedule, x64):
@@ -84,7 +254,7 @@ def test_time_inverts_logsnr(schedule, x64):
 
 
 def test_time_inverts_logsnr_in_float32(schedule):
-    t = jnp.linspace(0.001, 0.99, 200)
+    t = jnp.linspace(0.001, 1.0, 200)
     np.testing.assert_allclose(schedule.time(logsnr(schedule, t)), t, rtol=2e-5)
 
 
@@ -94,12 +264,29 @@ def test_first_time_is_where_the_noise_is_a_thousandth(schedule, x64):
 
 
 def test_derivatives_are_the_slopes_of_the_curves(schedule, x64):
-    t, h = jnp.linspace(0.01, 0.99, 50), 1e-5
+    """At times between the discrete steps: at a step the line has a corner."""
+    t, h = (jnp.arange(10.0, 990.0, 20.0) + 0.37) / 1000, 1e-6
     alpha, sigma, d_alpha, d_sigma = with_derivatives(schedule, t)
-    np.testing.assert_array_equal(alpha, schedule.alpha(t))
-    np.testing.assert_array_equal(sigma, schedule.sigma(t))
+    np.testing.assert_allclose(alpha, schedule.alpha(t), rtol=1e-12)
+    np.testing.assert_allclose(sigma, schedule.sigma(t), rtol=1e-12)
     for curve, slope in ((schedule.alpha, d_alpha), (schedule.sigma, d_sigma)):
         np.testing.assert_allclose(slope, (curve(t + h) - curve(t - h)) / (2.0 * h), rtol=1e-6, atol=1e-8)
+
+
+def test_finite_from_pure_noise_to_the_image(schedule):
+    """In float32: the curves from 0 to 1, and their derivatives from the first time to 1."""
+    t = jnp.concatenate([first_time(schedule)[None], jnp.linspace(0.001, 1.0, 100)])
+    for value in (schedule.alpha(t), schedule.sigma(t), *with_derivatives(schedule, t)):
+        assert np.all(np.isfinite(np.asarray(value)))
+    assert np.all(np.asarray(schedule.alpha(t)) >= 0.0)
+    assert float(schedule.time(jnp.float32(jnp.inf))) == 0.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_dtype_is_that_of_the_time(schedule, dtype, x64):
+    t = jnp.linspace(0.1, 0.9, 3, dtype=dtype)
+    for value in (schedule.alpha(t), schedule.sigma(t), schedule.label(t), schedule.time(logsnr(schedule, t))):
+        assert value.dtype == dtype
 
 
 def test_label_tells_times_apart(schedule):
@@ -116,6 +303,22 @@ def test_methods_are_elementwise(schedule):
         np.testing.assert_allclose(whole, [float(method(each)) for each in t], rtol=1e-6)
 
 
+def test_equal_options_make_equal_schedules():
+    """A schedule is a value: it may be a static argument of a jitted function."""
+    for text in TEXTS:
+        assert build(text) == build(text)
+        assert hash(build(text)) == hash(build(text))
+    assert len({build(text) for text in TEXTS}) == len(TEXTS)
+
+
+def test_gradients_pass_through_the_tables_in_reverse():
+    for name in ("scaled_linear", "sigmoid"):
+        schedule = build(name)
+        slope = jax.grad(lambda t, s=schedule: s.alpha(t) + s.time(logsnr(s, t)))(jnp.float32(0.6004))
+        d_alpha = jax.jvp(schedule.alpha, (jnp.float32(0.6004),), (jnp.float32(1.0),))[1]
+        np.testing.assert_allclose(slope, d_alpha + 1.0, rtol=1e-4)  # time(logsnr(t)) = t
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -123,8 +326,21 @@ def test_methods_are_elementwise(schedule):
         "vp_linear(beta_min=20.0,beta_max=0.1)",
         "cosine(logsnr_min=1.0)",
         "edm(sigma_max=-1.0)",
+        "ve(sigma_min=60.0)",
+        "sigmoid(tau=0.0)",
+        "sigmoid(start=1.0,end=0.0)",
+        "ddpm_linear(beta_max=1.5)",
+        "scaled_linear(steps=1)",
+        "cosine_discrete(beta_max=1.0)",
+        "resolution_shifted(shift=0.0)",
+        "zero_terminal_snr(of='edm')",
     ],
 )
 def test_impossible_options_are_refused_by_name(text):
     with pytest.raises(UserError, match=text.split("(")[0]):
         plugs.build("family.schedule", text, SCHEDULES)
+
+
+def test_an_unknown_row_in_a_wrapper_is_named():
+    with pytest.raises(UserError, match=r"'of' = 'cosin'.*did you mean 'cosine'"):
+        build("shifted(of='cosin')")

@@ -9,7 +9,7 @@ from scipy.special import logit
 
 from diffusion_jax import plugs
 from diffusion_jax.diffusion.schedule import SCHEDULES, first_time
-from diffusion_jax.diffusion.time_sampling import TIME_SAMPLINGS, independent, stratified
+from diffusion_jax.diffusion.time_sampling import QUANTILES, TIME_SAMPLINGS, Importance, independent, stratified
 from diffusion_jax.errors import UserError
 
 
@@ -40,8 +40,12 @@ def test_every_time_sampling_has_its_law_here():
     assert set(TIME_SAMPLINGS) <= {text.split("(")[0] for text in LAWS}
 
 
+KINDS = ("vp_linear", "scaled_linear", "ve", "rectified_flow")
+"""A schedule of each kind: what a law makes of a schedule is said by `time` alone, which has its own tests."""
+
+
 @pytest.mark.parametrize("text", LAWS)
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", KINDS)
 def test_distribution(text, name):
     """p > 0.001 on 4,000 draws: a mean off by 0.1 standard deviations, or a spread off by 10 %, has p < 1e-5."""
     schedule = plugs.build("schedule", name, SCHEDULES)
@@ -89,6 +93,123 @@ def test_stratified_quantiles_lie_evenly_together(count, first):
     gaps = np.diff(np.append(u, u[0] + 1.0))
     assert gaps.max() < 1.0 / (0.618 * count) + 1e-5
     assert gaps.min() > 0.3 / count
+
+
+@pytest.mark.parametrize("text", LAWS)
+@pytest.mark.parametrize("name", KINDS)
+def test_slope_is_one_over_the_density(text, name, x64):
+    """dt/du by `jax.jvp`, which weightings divide the density out with, against finite differences."""
+    schedule, u, h = plugs.build("schedule", name, SCHEDULES), jnp.linspace(0.2, 0.9, 23), 1e-7
+    time = plugs.build("time", text, TIME_SAMPLINGS)
+    t, slope = jax.jvp(lambda u: time(schedule, u), (u,), (jnp.ones_like(u),))
+    assert t.dtype == u.dtype
+    assert np.all(np.asarray(slope) > 0.0)
+    np.testing.assert_allclose(slope, (time(schedule, u + h) - time(schedule, u - h)) / (2 * h), rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ quantiles
+
+
+def filled(importance, losses, batch=64):
+    """The history after the losses (a function of u) of many batches, drawn as they come."""
+
+    @jax.jit
+    def step(history, key):
+        u, _ = importance.draw(history, key, jnp.arange(batch))
+        return importance.update(history, u, losses(u)), None
+
+    keys = jax.random.split(jax.random.key(1), 40)
+    return jax.lax.scan(step, importance.init(), keys)[0]
+
+
+@pytest.mark.parametrize("name", QUANTILES)
+def test_weighted_quantiles_integrate_without_bias(name):
+    """E weight f(u) = int f = e - 1 for f = exp, before and after losses: within 4 standard errors."""
+    way = plugs.build("quantiles", name, QUANTILES)
+    history = way.init()
+    if name == "importance":
+        history = filled(way, lambda u: jnp.where(u < 0.3, 5.0, 0.1 + u))
+    u, weight = (np.asarray(a, np.float64) for a in way.draw(history, jax.random.key(5), jnp.arange(20000)))
+    assert np.all((u >= 0.0) & (u < 1.0))
+    values = weight * np.exp(u)
+    np.testing.assert_allclose(values.mean(), np.e - 1.0, atol=4 * values.std() / np.sqrt(len(u)))
+    np.testing.assert_allclose(weight.mean(), 1.0, atol=4 * weight.std() / np.sqrt(len(u)) + 1e-6)
+
+
+@pytest.mark.parametrize("name", QUANTILES)
+def test_a_way_without_history_leaves_it_alone(name):
+    way = plugs.build("quantiles", name, QUANTILES)
+    u, _ = way.draw(way.init(), jax.random.key(0), jnp.arange(8))
+    after = way.update(way.init(), u, jnp.ones(8))
+    assert jax.tree.structure(after) == jax.tree.structure(way.init())
+    if name != "importance":
+        assert after == way.init() == ()
+
+
+def test_importance_is_uniform_until_every_bin_has_its_losses():
+    """Nichol & Dhariwal 2021, section 3.3: "until we draw 10 samples for every t"."""
+    importance = Importance(bins=4, memory=3)
+    history, centres = importance.init(), (jnp.arange(4.0) + 0.5) / 4
+    for _ in range(2):
+        history = importance.update(history, centres, jnp.array([1.0, 2.0, 3.0, 4.0]))
+    np.testing.assert_array_equal(importance.density(history), np.ones(4))
+    history = importance.update(history, centres[:3], jnp.array([1.0, 2.0, 3.0]))
+    np.testing.assert_array_equal(importance.density(history), np.ones(4))
+    history = importance.update(history, centres[3:], jnp.array([4.0]))
+    np.testing.assert_allclose(importance.density(history), 0.001 + 0.999 * np.array([0.4, 0.8, 1.2, 1.6]), rtol=1e-6)
+
+
+def test_importance_follows_the_root_of_the_mean_square():
+    """p_b proportional to sqrt(mean L^2), by a histogram of what is drawn; chi^2 with p > 0.001."""
+    importance = Importance(bins=10, memory=10, uniform=0.05)
+    size = 0.2 + np.linspace(0.0, 1.0, 10) ** 2
+    history = filled(importance, lambda u: jnp.asarray(size, jnp.float32)[(u * 10).astype(jnp.int32)])
+    expected = 0.05 + 0.95 * size / size.mean()
+    np.testing.assert_allclose(importance.density(history), expected, rtol=1e-5)
+    u, weight = importance.draw(history, jax.random.key(3), jnp.arange(20000))
+    counts = np.histogram(np.asarray(u), bins=10, range=(0.0, 1.0))[0]
+    assert stats.chisquare(counts, 2000.0 * expected).pvalue > 0.001
+    np.testing.assert_allclose(weight, 1.0 / expected[(np.asarray(u) * 10).astype(int)], rtol=1e-4)
+
+
+def test_importance_remembers_the_last_losses_of_each_bin():
+    """Against lists that are written to one loss after the other; a batch may bring more losses than there is room."""
+    importance, generator = Importance(bins=3, memory=4), np.random.default_rng(0)
+    history, lists = importance.init(), [[], [], []]
+    update = jax.jit(importance.update)
+    for _ in range(7):
+        u, losses = generator.uniform(size=13).astype(np.float32), generator.normal(size=13).astype(np.float32)
+        history = update(history, jnp.asarray(u), jnp.asarray(losses))
+        for place, loss in zip((u * 3).astype(int), losses, strict=True):
+            lists[place].append(loss)
+    for b in range(3):
+        assert sorted(np.asarray(history["losses"])[b].tolist()) == sorted(float(loss) for loss in lists[b][-4:])
+        assert int(history["count"][b]) == len(lists[b])
+
+
+def test_importance_lowers_the_variance():
+    """Of the mean loss, for a loss that is 10 times larger in a tenth of the times; its mean stays."""
+    importance = Importance(bins=50)
+    loss = lambda u: jnp.where(u < 0.1, 10.0, 1.0) * (1.0 + 0.1 * jnp.sin(40.0 * u))
+    history = filled(importance, loss)
+    u, weight = importance.draw(history, jax.random.key(9), jnp.arange(5000))
+    plain, better = np.asarray(loss(jnp.linspace(0.0, 1.0, 5000))), np.asarray(weight * loss(u))
+    np.testing.assert_allclose(better.mean(), plain.mean(), rtol=0.01)
+    assert better.std() < 0.2 * plain.std()
+
+
+def test_no_gradient_passes_into_the_history():
+    importance = Importance(bins=2)
+    u = jnp.array([0.2, 0.7])
+    total = lambda scale: jnp.sum(importance.update(importance.init(), u, scale * jnp.ones(2))["losses"])
+    assert float(total(2.0)) == 4.0
+    assert float(jax.grad(total)(2.0)) == 0.0
+
+
+@pytest.mark.parametrize("text", ["importance(bins=0)", "importance(memory=0)", "importance(uniform=0.0)"])
+def test_impossible_quantiles_are_refused_by_name(text):
+    with pytest.raises(UserError, match="importance"):
+        plugs.build("family.quantiles", text, QUANTILES)
 
 
 @pytest.mark.parametrize("text", ["logit_normal(std=0.0)", "log_normal(std=-1.0)"])

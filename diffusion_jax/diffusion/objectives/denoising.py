@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
 from diffusion_jax import rng
@@ -10,7 +11,7 @@ from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.prediction import Prediction
 from diffusion_jax.diffusion.time_sampling import TimeSampling
 from diffusion_jax.diffusion.weighting import Weighting
-from diffusion_jax.types import Array
+from diffusion_jax.types import Array, Denoised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +22,18 @@ class Denoising:
     time_sampling: TimeSampling
     weighting: Weighting
 
-    def loss(self, predict: Callable[[Array, Array], Array], x0: Array, u: Array, keys: Array) -> tuple[Array, Array]:
-        """Losses f32[B] and times f32[B].
+    def channels(self, image: int) -> int:  # noqa: D102
+        return image
 
-        Args:
-          predict: (x f32[B,H,W,C], t f32[B]) -> y, the network's output.
-          x0: f32[B,H,W,C] in [-1,1].
-          u: f32[B] in [0, 1), quantiles of the times.
-          keys: key[B], for the noise, one an example.
-        """
+    def loss(  # noqa: D102
+        self, predict: Callable[[Array, Array], Array], x0: Array, u: Array, keys: Array
+    ) -> tuple[Array, Array]:
         schedule = self.prediction.schedule
-        t = self.time_sampling(schedule, u)
+        t, slope = jax.jvp(lambda u: self.time_sampling(schedule, u), (u,), (jnp.ones_like(u),))
         eps = rng.normal(keys, x0.shape[1:])
         x = over(schedule.alpha(t), x0) * x0 + over(schedule.sigma(t), x0) * eps
         error = self.prediction.target(x0, eps, t) - predict(x, t).astype(jnp.float32)
-        return self.weighting(self.prediction, t) * jnp.mean(jnp.square(error), axis=(1, 2, 3)), t
+        return self.weighting(self.prediction, t, slope) * jnp.mean(jnp.square(error), axis=(1, 2, 3)), t
+
+    def denoised(self, x: Array, y: Array, t: Array) -> Denoised:  # noqa: D102
+        return Denoised(*self.prediction.split(x, y, t))

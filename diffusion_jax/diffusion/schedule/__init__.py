@@ -1,0 +1,58 @@
+"""Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, t in [0, 1], data at 0, noise at 1.
+
+A schedule states alpha, sigma, the time at which a given log signal-to-noise ratio is reached, and the label under
+which a network is told the time. Derivatives come from `jax.jvp`; there is nothing else to a schedule.
+
+`SCHEDULES` has the rows. `Learned` is no row: it has parameters, and is a schedule once they are bound.
+"""
+
+import math
+
+from diffusion_jax import plugs
+from diffusion_jax.diffusion.schedule.base import Schedule, first_time, logsnr, with_derivatives
+from diffusion_jax.diffusion.schedule.continuous import EDM, VE, Cosine, RectifiedFlow, Sigmoid, VPLinear, gvp
+from diffusion_jax.diffusion.schedule.discrete import CosineDiscrete, DDPMLinear, ScaledLinear, ZeroTerminalSNR
+from diffusion_jax.diffusion.schedule.learned import Learned
+from diffusion_jax.diffusion.schedule.wrappers import ResolutionShifted, Shifted
+
+__all__ = ["SCHEDULES", "Learned", "Schedule", "first_time", "logsnr", "with_derivatives"]
+
+
+def shifted(of: str = "cosine", logsnr: float = 2.0 * math.log(64 / 256)) -> Shifted:
+    """`of`, another row, with its log-SNR shifted; as it stands for images of 256 pixels a side."""
+    return Shifted(of=_row(of), logsnr=logsnr)
+
+
+def resolution_shifted(of: str = "rectified_flow", shift: float = 3.0) -> ResolutionShifted:
+    """`of`, another row, with its time shifted; 3 is what Esser et al. 2024 use at 1024 pixels a side."""
+    return ResolutionShifted(of=_row(of), shift=shift)
+
+
+def zero_terminal_snr(of: str = "scaled_linear") -> ZeroTerminalSNR:
+    """`of`, another row of discrete steps, stretched to end without signal."""
+    return ZeroTerminalSNR(of=_row(of))
+
+
+def _row(of: str) -> Schedule:
+    return plugs.build("the schedule's option 'of'", of, SCHEDULES)
+
+
+SCHEDULES = {
+    # variance preserving
+    "vp_linear": VPLinear,
+    "ddpm_linear": DDPMLinear,
+    "scaled_linear": ScaledLinear,
+    "cosine": Cosine,
+    "cosine_discrete": CosineDiscrete,
+    "sigmoid": Sigmoid,
+    "gvp": gvp,
+    # variance exploding
+    "ve": VE,
+    "edm": EDM,
+    # straight
+    "rectified_flow": RectifiedFlow,
+    # made from another row
+    "shifted": shifted,
+    "resolution_shifted": resolution_shifted,
+    "zero_terminal_snr": zero_terminal_snr,
+}
