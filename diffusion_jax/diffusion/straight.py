@@ -13,6 +13,7 @@ variance-preserving schedules it is regular at both ends, alpha = 0 and sigma = 
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
 from diffusion_jax.diffusion.broadcast import over
@@ -29,7 +30,8 @@ class Straight:
     @property
     def k(self) -> Array:
         """f32[]: weight of sigma in c, so that c is 1 at both ends."""
-        one = jnp.asarray(1.0, jnp.result_type(float))
+        with jax.ensure_compile_time_eval():
+            one = jnp.asarray(1.0, jnp.result_type(float))
         return (1.0 - self.schedule.alpha(one)) / self.schedule.sigma(one)
 
     def scale(self, t: Array) -> Array:

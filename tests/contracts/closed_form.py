@@ -1,6 +1,7 @@
 """Data whose ideal denoiser and probability flow are known in closed form, and how to run a solver on it."""
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from diffusion_jax import plugs, rng
+from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import SCHEDULES
 from diffusion_jax.diffusion.solvers import SOLVERS
 from diffusion_jax.diffusion.solvers.base import solve
@@ -23,7 +25,7 @@ def mixture(schedule, data):
     means, stds, shares = (a.reshape(1, 1, 1, 1, -1) for a in data)
 
     def denoise(x, t):
-        alpha, sigma = (jnp.full((1,) * 5, c, x.dtype) for c in (schedule.alpha(t), schedule.sigma(t)))
+        alpha, sigma = (over(c, x)[..., None] for c in (schedule.alpha(t), schedule.sigma(t)))
         variance = alpha**2 * stds**2 + sigma**2
         off = x[..., None] - alpha * means
         share = jax.nn.softmax(jnp.log(shares) - 0.5 * jnp.log(variance) - 0.5 * off**2 / variance, axis=-1)
@@ -39,15 +41,47 @@ TWO = ((-0.7, 0.6), (0.3, 0.2), (0.4, 0.6))
 POINT = ((0.37, 0.37), (0.0, 0.0), (0.5, 0.5))
 
 
+ROWS = {name: plugs.build("schedule", name, SCHEDULES) for name in SCHEDULES}
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The row of `SCHEDULES` at a place that is traced: a program that is compiled once serves every schedule."""
+
+    place: jax.Array
+
+    def alpha(self, t):
+        return self._of("alpha", t)
+
+    def sigma(self, t):
+        return self._of("sigma", t)
+
+    def time(self, logsnr):
+        return self._of("time", logsnr)
+
+    def _of(self, curve, t):
+        rows = [getattr(row, curve) for row in ROWS.values()]
+        if isinstance(t, jax.core.Tracer):
+            return jax.lax.switch(self.place, rows, t)
+        with jax.ensure_compile_time_eval():
+            values = jnp.stack([row(t) for row in rows])
+        return values[self.place]
+
+
+def place(name):
+    """Where `Picked` finds the schedule."""
+    return jnp.int32(list(ROWS).index(name))
+
+
 @functools.cache
-def program(name):
-    """(solver, data, times, steps, x, keys) -> x at the end, compiled once for each kind of solver."""
-    schedule = plugs.build("schedule", name, SCHEDULES)
-    return jax.jit(
-        lambda solver, data, times, steps, x, keys: solve(
-            mixture(schedule, data), schedule, solver, times, steps, x, keys
-        )
-    )
+def program():
+    """(solver, place, data, times, steps, x, keys) -> x at the end, compiled once for each kind of solver."""
+
+    def sample(solver, place, data, times, steps, x, keys):
+        schedule = Picked(place)
+        return solve(mixture(schedule, data), schedule, solver, times, steps, x, keys)
+
+    return jax.jit(sample)
 
 
 def run(text, name, data, times, x, key=0):
@@ -57,13 +91,12 @@ def run(text, name, data, times, x, key=0):
     data = tuple(jnp.asarray(a, jnp.float64) for a in data)
     keys = rng.example_keys(jax.random.key(key), jnp.arange(len(x)))
     x = jnp.asarray(x, jnp.float64).reshape(-1, 1, 1, 1)
-    return np.asarray(program(name)(solver, data, padded, jnp.int32(len(times) - 1), x, keys)).reshape(-1)
+    return np.asarray(program()(solver, place(name), data, padded, jnp.int32(len(times) - 1), x, keys)).reshape(-1)
 
 
 def curves(name, t):
     """(alpha, sigma) at t as NumPy float64."""
-    schedule = plugs.build("schedule", name, SCHEDULES)
-    t = jnp.asarray(t, jnp.float64)
+    schedule, t = ROWS[name], jnp.asarray(t, jnp.float64)
     return np.asarray(schedule.alpha(t)), np.asarray(schedule.sigma(t))
 
 
@@ -71,8 +104,7 @@ def logsnr_grid(name, steps, high=60.0, low=0.02, zigzag=False):
     """Times between sigma / alpha = high and low: equal steps of log-SNR, or steps of 1 and 3 in turn."""
     width = np.where(np.arange(steps) % 2, 3.0, 1.0) if zigzag else np.ones(steps)
     u = np.concatenate([[0.0], np.cumsum(width)]) / width.sum()
-    schedule = plugs.build("schedule", name, SCHEDULES)
-    return np.asarray(schedule.time(jnp.asarray(-2.0 * (np.log(high) + u * np.log(low / high)))))
+    return np.asarray(ROWS[name].time(jnp.asarray(-2.0 * (np.log(high) + u * np.log(low / high)))))
 
 
 def cdf(x, alpha, sigma, data):
@@ -92,3 +124,31 @@ def transported(x, name, t, s, data):
         return brentq(lambda y: cdf(y, *end, data) - quantile, -9.0, 9.0, xtol=1e-14)
 
     return np.array([inverse(cdf(v, *start, data)) for v in x])
+
+
+@functools.cache
+def between(name, t, s, data):
+    """Four x at t, spread over the data's law there, and where the exact flow takes them."""
+    alpha, sigma = curves(name, t)
+    x = alpha * 0.1 + np.hypot(sigma, 0.5 * alpha) * np.array([-1.3, -0.4, 0.5, 1.6])
+    return x, transported(x, name, t, s, data)
+
+
+def errors(text, name, data, counts, zigzag=False, encode=False):
+    """Mean distance from the exact flow after each of `counts` steps in log-SNR, in float64.
+
+    Over three stretches, from sigma / alpha = 60 to 1, to 0.2 and to 0.02: on one stretch alone a method's error may
+    happen to pass through 0. With `encode` the stretches are walked upwards, each count to the same end.
+    """
+    total = np.zeros(len(counts))
+    for low in (1.0, 0.2, 0.02):
+        grids = [logsnr_grid(name, n, low=low, zigzag=zigzag)[:: -1 if encode else 1] for n in counts]
+        x, truth = between(name, float(grids[0][0]), float(grids[0][-1]), data)
+        total += [np.abs(run(text, name, data, times, x) - truth).mean() for times in grids]
+    return total / 3
+
+
+def order(text, name, data, counts=(64, 128, 256, 512), **options):
+    """(the slope of -log(error) over log(steps), the errors)."""
+    found = errors(text, name, data, counts, **options)
+    return -np.polyfit(np.log(counts), np.log(found), 1)[0], found

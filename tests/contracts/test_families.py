@@ -53,12 +53,26 @@ VARIANTS = {
         "cosine", "v", PLAIN, DIT[:-1] + ",dropout=0.2)", weighting="min_snr", time_sampling="uniform"
     ),
     "diffusion-edm": diffusion("edm", "edm", weighting="edm", time_sampling="log_normal"),
-    "diffusion-unet": diffusion("vp_linear", "eps", network=UNET),
+    "diffusion-unet": diffusion("vp_linear", "v", network=UNET),
+    "diffusion-learned": diffusion(
+        "learned(hidden=8)", "v", weighting="elbo", time_sampling="uniform", quantiles="importance(bins=4,memory=1)"
+    ),
+    "diffusion-variance": diffusion("cosine", "v", objective="learned_variance(steps=20)", time_sampling="uniform"),
+    "diffusion-classifier": diffusion("gvp", "v", classifier=DIT),
 }
 """A few of each family, for what costs a compilation."""
 
 SAMPLING = {
-    "diffusion": {"steps": (3, 6), "guidance": (1.0, 3.0), "clip": (True, False), "grid": ("uniform", "karras")},
+    "diffusion": {
+        "solver": ("ddim(eta=0.2)", "ddim(eta=1.0)"),
+        "grid": ("uniform", "cosine"),
+        "steps": (3, 6),
+        "guidance": (1.5, 3.0),
+        "rules": ("interval(high=90.0)+rescaled(phi=0.1)", "interval(high=0.7)+rescaled(phi=0.9)"),
+        "threshold": ("static", "static(bound=0.3)"),
+        "classifier": (0.0, 2.0),
+        "temperature": (1.0, 1.5),
+    },
 }
 """family -> options of `sample`, each with two values between which nothing may compile again."""
 
@@ -220,7 +234,9 @@ def test_options_seeds_and_labels_do_not_compile_again(name):
     if spec.num_classes:
         options |= {"label": (0, 1)}
     else:
-        options.pop("guidance", None)
+        options = {key: value for key, value in options.items() if key not in ("guidance", "rules")}
+    if "classifier" not in name:
+        options.pop("classifier")
     first = sample(name, **{key: values[0] for key, values in options.items()})
     before = generate(name).traces
     for key, values in options.items():
@@ -246,6 +262,13 @@ def test_null_label_is_what_guidance_zero_shows():
         ("diffusion", {"solver": "hein"}, "did you mean 'heun'"),
         ("diffusion", {"solver": "ddim(eta=2.0)"}, "eta"),
         ("diffusion", {"grid": "karas"}, "did you mean 'karras'"),
+        ("diffusion", {"grid": "custom(times=(1.0,0.5))", "steps": 3}, "sample.steps = 3.*2 steps"),
+        ("diffusion-learned", {"grid": "karras"}, "sample.grid = 'karras'"),
+        ("diffusion", {"rules": "cfg_pp", "solver": "heun"}, "sample.rules = 'cfg_pp'.*ddim"),
+        ("diffusion", {"rules": "interval(low=2.0,high=1.0)"}, "low <= high"),
+        ("diffusion", {"classifier": 1.0}, "sample.classifier = 1.0"),
+        ("diffusion", {"temperature": 0.0}, "sample.temperature = 0.0"),
+        ("diffusion", {"threshold": "dynamical"}, "did you mean 'dynamic'"),
         ("diffusion-plain", {"guidance": 2.0}, "sample.guidance = 2.0"),
     ],
 )
@@ -266,9 +289,20 @@ def test_unknown_families_and_fields_are_refused(section):
         families.build(section, LABELLED, "float32")
 
 
-def test_ill_posed_pairing_is_refused_by_name():
-    section, spec = diffusion("rectified_flow", "eps")
-    with pytest.raises(UserError, match=r"family.prediction.*eps with rectified_flow"):
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "fields", "says"),
+    [
+        ("rectified_flow", "eps", {}, r"family.prediction.*eps with rectified_flow"),
+        ("gvp", "score", {}, r"family.prediction.*score with gvp"),
+        ("learned", "v", {"time_sampling": "uniform"}, r"family.weighting = 'simple'.*elbo"),
+        ("learned", "v", {"weighting": "elbo"}, r"family.time_sampling = 'logit_normal'.*uniform"),
+        ("cosine", "v", {"objective": "learned_variance"}, r"family.time_sampling = 'logit_normal'.*uniform"),
+        ("shifted(of='cosin')", "v", {}, "did you mean 'cosine'"),
+    ],
+)
+def test_ill_posed_pairings_are_refused_by_name(schedule, prediction, fields, says):
+    section, spec = diffusion(schedule, prediction, **fields)
+    with pytest.raises(UserError, match=says):
         families.build(section, spec, "float32")
 
 

@@ -93,5 +93,5 @@ def reverse(schedule: Schedule, times: Array, steps: Array) -> Array:
 
     Its first stop is `first_time`, where the image is there already, and not 0, where no denoiser is defined.
     """
-    stops = jnp.take(times, jnp.maximum(steps - jnp.arange(len(times)), 0))
+    stops = jnp.take(times, jnp.maximum(steps - jnp.arange(len(times), dtype=steps.dtype), 0))
     return stops.at[0].set(jnp.minimum(first_time(schedule).astype(times.dtype), 0.5 * stops[1]))
