@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion_jax import plugs, rng, tree
+from diffusion_jax import rng, tree
 from diffusion_jax.settings import TrainSettings
 from diffusion_jax.training import ema, optimizer
 from diffusion_jax.types import Array, Aux, Batch, Context, Family, Metrics, Player, TrainState, Tree
@@ -25,7 +25,7 @@ class Trainer:
         self.train = train
         self.seed = seed
         self.optimizer = optimizer.build(train)
-        self.rules = {name: plugs.build(f"train.ema.{name}", text, ema.RULES) for name, text in train.ema.items()}
+        self.rules = ema.averaging_rules(train)
 
     def init(self) -> TrainState:
         """The state before the first step: a pure function of the seed."""
