@@ -39,3 +39,6 @@ def diffusion(config: ConfigDict) -> None:
     config.sample.solver = "heun"
     config.sample.grid = "quadratic"
     config.sample.steps = 10
+    config.sample.guidance = 1.3
+    config.sample.rules = "interval(high=2.333)"
+    config.sample.temperature = 1.16

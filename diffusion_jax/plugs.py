@@ -47,6 +47,8 @@ def parse(field: str, text: str) -> tuple[str, dict[str, Any]]:
 def build(field: str, text: str, table: Mapping[str, Callable[..., T]], **given: Any) -> T:
     """Build what `text` names in `table`; `given` are arguments that come from the program, not from the user.
 
+    A row gets those of `given` that its signature names.
+
     Raises:
       UserError: naming `field`, for an unknown name, an unknown option, a wrong type, or a value that the
         implementation refuses with a `ValueError`.
@@ -56,6 +58,11 @@ def build(field: str, text: str, table: Mapping[str, Callable[..., T]], **given:
         raise UserError(f"{field} = {text!r}: there is no {name!r}; {suggest(name, table)}.")
     maker = table[name]
     return call(field, maker, options, label=name, **given)
+
+
+def build_all(field: str, texts: str, table: Mapping[str, Callable[..., T]]) -> tuple[T, ...]:
+    """Build each of the rows that `"interval(high=2.0) + rescaled"` names, in their order; none for an empty string."""
+    return tuple(build(field, text, table) for text in re.split(r"\+(?![^(]*\))", texts) if texts.strip())
 
 
 def call(field: str, maker: Callable[..., T], options: Mapping[str, Any], *, label: str, **given: Any) -> T:
@@ -71,7 +78,7 @@ def call(field: str, maker: Callable[..., T], options: Mapping[str, Any], *, lab
     if missing:
         raise UserError(f"{field}: {label} needs the option {missing[0]!r}.")
     try:
-        return maker(**checked, **given)
+        return maker(**checked, **{key: value for key, value in given.items() if key in parameters})
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{field}: {label}: {error}.") from None
 

@@ -26,6 +26,11 @@ def example_keys(key: Array, index: Array) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
+def sample_keys(seed: Array, index: Array) -> Array:
+    """The keys key[n] of the images `index` i32[n] that are sampled with `seed` u32[]."""
+    return example_keys(stream(jax.random.key(seed), "sample"), index)
+
+
 def fold(keys: Array, data: Array | int) -> Array:
     """Fold one number into each of key[B]."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)

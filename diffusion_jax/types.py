@@ -116,6 +116,10 @@ class Generate(Protocol):
         ...
 
 
+Edit = Callable[[Weights, Array, Mapping[str, Array], Tree], Array]
+"""(weights, keys key[n], inputs by name, options of `generate`) -> images f32[n,H,W,C] in [-1,1]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family: pure functions only. The trainer, the sampler and the evaluation see nothing else of a model.
@@ -127,6 +131,12 @@ class Family:
       generate: see `Generate`.
       sampling: the config's `sample` section, less what all families share, -> options of `generate`.
       nll: (weights, batch, key) -> f32[B] in bits per dimension; None where the family has no likelihood.
+      trajectory: as `generate`, with the number of steps as a last argument, a Python number -> all stops on the way,
+        f32[n,steps + 1,H,W,C]; None where there is no way.
+      edits: what else can be done with a trained model, by name.
+      denoise: (weights, x, t, label i32[n] or None) -> `Denoised`, the plain model; None where the family has no noise.
+      guided_by: another family's `denoise` -> this family, guided away from it; its weights then hold the other's as
+        `weak`.
     """
 
     name: str
@@ -135,6 +145,10 @@ class Family:
     generate: Generate
     sampling: Callable[[Mapping[str, Any]], Tree]
     nll: Callable[[Weights, Batch, Array], Array] | None = None
+    trajectory: Callable[[Weights, Array, Condition, Tree, int], Array] | None = None
+    edits: Mapping[str, Edit] = field(default_factory=dict)
+    denoise: Callable[[Weights, Array, Array, Array | None], Denoised] | None = None
+    guided_by: Callable[[Callable], "Family"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -29,7 +29,8 @@ def main(argv: list[str]) -> None:
     runtime.prepare()
     run = open_run(WORKDIR.value)
     weights, step = load_weights(run, WORKDIR.value, run.settings.sample.ema, None)
-    labels = run.sampler.labels(run.settings.evaluate.num_samples)
+    count = run.settings.evaluate.num_samples
+    rows = run.sampler.labels(count)
     print(f"step {step} of {WORKDIR.value}\n")
     print("| solver | " + " | ".join(f"{steps} steps" for steps in STEPS.value) + " |")
     print("|---|" + "---|" * len(STEPS.value))
@@ -38,8 +39,8 @@ def main(argv: list[str]) -> None:
         for steps in STEPS.value:
             section = {**run.settings.sampling, "solver": solver, "steps": int(steps)}
             options = run.family.sampling(section | ({"grid": GRID.value} if GRID.value else {}))
-            images = run.sampler.draw(weights, SEED.value, labels, len(labels), options)
-            result = run.judge_samples(images, labels, light=True)
+            images = run.sampler.draw(weights, SEED.value, rows, count, options)
+            result = run.judge_samples(images, rows["label"], light=True)
             accuracy = result["metrics"]["label_accuracy"]["value"]
             cells.append(f"{result['frechet_ratio']:.2f}, {100 * accuracy:.1f} %")
         print(f"| `{solver}` | " + " | ".join(cells) + " |", flush=True)

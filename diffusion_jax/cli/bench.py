@@ -98,10 +98,10 @@ def sample(run: Any, repetitions: int) -> dict[str, Any]:
         lambda: run.trainer.init().params, out_shardings=jax.tree.map(lambda x: x.sharding, run.weights_like())
     )
     weights = init()
-    labels = sampler.labels(sampler.batch_size)
+    rows = sampler.labels(sampler.batch_size)
 
     def draw() -> None:
-        sampler.draw(weights, 0, labels, sampler.batch_size, run.options)
+        sampler.draw(weights, 0, rows, sampler.batch_size, run.options)
 
     first, _ = timed(draw)
     seconds = durations(draw, repetitions)

@@ -30,6 +30,13 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     )
     flags.DEFINE_string("ema", None, "averaging profile, or none; the config's where left out", flag_values=values)
     flags.DEFINE_integer("step", None, "of the checkpoint; the newest where left out", flag_values=values)
+    flags.DEFINE_integer(
+        "likelihood",
+        0,
+        "measure bits per dimension on so many held-out images, too (families with a likelihood)",
+        lower_bound=0,
+        flag_values=values,
+    )
     flags.DEFINE_boolean("json", False, "print the result as one JSON object in the last line", flag_values=values)
 
 
@@ -39,21 +46,21 @@ def main(argv: Sequence[str]) -> None:
     workdir = arguments.required(values, "workdir")
     if values.samples and not Path(values.samples).is_file():
         raise UserError(f"--samples={values.samples}: there is no such file.")
-    if values.samples and (values.ema or values.step is not None):
-        raise UserError("--samples names images that are there already; leave out --ema and --step.")
+    if values.samples and (values.ema or values.step is not None or values.likelihood):
+        raise UserError("--samples names images that are there already; leave out --ema, --step and --likelihood.")
     default = f"{values.samples}.evaluation.json" if values.samples else Path(workdir) / "evaluation.json"
     out = Path(values.out or default)
     if values.out and (out.suffix != ".json" or not out.absolute().parent.is_dir()):
         raise UserError(f"--out={out}: must be a .json file in a directory that is there.")
 
-    from diffusion_jax.cli import runtime, sample
+    from diffusion_jax.cli import drawing, runtime
     from diffusion_jax.cli.workdir import load_weights, open_run
-    from diffusion_jax.evaluation import report
+    from diffusion_jax.evaluation import likelihood, report
 
     runtime.prepare()
     judged = open_run(workdir)
     if values.samples:
-        images, labels = sample.decode(Path(values.samples))
+        images, labels = drawing.read("samples", Path(values.samples))
         result = {"samples": values.samples} | judged.judge_samples(images, labels)
     else:
         problem = report.too_small(judged.dataset)
@@ -62,6 +69,11 @@ def main(argv: Sequence[str]) -> None:
         profile = values.ema or judged.settings.sample.ema
         weights, step = load_weights(judged, workdir, profile, values.step)
         result = {"step": step, "ema": profile} | judged.judge(weights)
+        if values.likelihood:
+            result["bits_per_dimension"] = judged.likelihood(weights, values.likelihood)
     files.write_json(out, result)
-    print(report.render(result), file=sys.stderr if values.json else sys.stdout)
+    table = report.render(result)
+    if "bits_per_dimension" in result:
+        table += "\n" + likelihood.render(result["bits_per_dimension"])
+    print(table, file=sys.stderr if values.json else sys.stdout)
     print(json.dumps(result) if values.json else f"\nsaved in {out}")

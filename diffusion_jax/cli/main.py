@@ -12,6 +12,7 @@ from diffusion_jax.plugs import suggest
 COMMANDS = {
     "train": "train a model, or go on with a run; ends with samples and an evaluation",
     "sample": "make images with a trained model",
+    "edit": "edit images with a trained model: variations, inpainting, translation, interpolation",
     "evaluate": "judge a trained model, or a file of samples, against held-out images",
     "bench": "time compilation, training and sampling of a config",
 }

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from diffusion_jax import data, families, settings
+from diffusion_jax import data, families, rng, settings
 from diffusion_jax.data import augment
-from diffusion_jax.data.source import Dataset
+from diffusion_jax.data.source import Dataset, to_float
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import features, report
+from diffusion_jax.evaluation import features, likelihood, real, report
 from diffusion_jax.sampling import Sampler
 from diffusion_jax.training import loop, sharding
 from diffusion_jax.training.checkpoint import abstract_like
@@ -89,9 +89,27 @@ class Run(Model):
         """Sample with the config's own options and judge against held-out images."""
         chosen = self.settings.evaluate
         count = chosen.light_samples if light else chosen.num_samples
-        labels = self.sampler.labels(count)
-        images = self.sampler.draw(weights, self.settings.seed, labels, count, self.options)
-        return self.judge_samples(images, labels, light)
+        rows = self.sampler.labels(count)
+        images = self.sampler.draw(weights, self.settings.seed, rows, count, self.options)
+        return self.judge_samples(images, rows.get("label"), light)
+
+    def likelihood(self, weights: Weights, count: int) -> dict[str, Any]:
+        """Bits per dimension of `count` held-out images (all, where there are no more).
+
+        Raises:
+          UserError: where the family has no likelihood.
+        """
+        if self.family.nll is None:
+            raise UserError(f"--likelihood={count}: the family {self.family.name} has no likelihood.")
+        held_out = real.choose(self.dataset.held_out, count)
+        count = len(held_out)
+        rows = {"image": to_float(held_out.image), "index": np.arange(count, dtype=np.int32)}
+        if held_out.label is not None:
+            rows["label"] = held_out.label.astype(np.int32)
+        act = lambda weights, keys, rows, key: self.family.nll(weights, rows, key)
+        measure = Sampler(act, self.spec, self.mesh, self.settings.sample.batch_size)
+        key = rng.stream(self.settings.seed, "likelihood")
+        return likelihood.summarise(np.concatenate(list(measure.batches(weights, 0, rows, count, key))))
 
     def judge_samples(self, images: np.ndarray, labels: np.ndarray | None, light: bool = False) -> dict[str, Any]:
         """Judge images uint8 [N,H,W,C] against held-out images."""
@@ -114,7 +132,7 @@ def assemble_model(config: Mapping[str, Any], spec: ImageSpec, mesh: Mesh | None
         spec=spec,
         family=family,
         mesh=mesh,
-        sampler=Sampler(family, spec, mesh, checked.sample.batch_size),
+        sampler=Sampler(family.generate, spec, mesh, checked.sample.batch_size),
         options=family.sampling(checked.sampling),
     )
 

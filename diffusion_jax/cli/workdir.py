@@ -1,14 +1,17 @@
 """A run's directory: what config it was begun with, and the weights in it."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax import families, files
+from diffusion_jax import families, files, plugs
 from diffusion_jax.cli.run import Model, Run, assemble, assemble_model, plain
 from diffusion_jax.errors import UserError
 from diffusion_jax.settings import common_fields
+from diffusion_jax.training import posthoc
 from diffusion_jax.training.checkpoint import Checkpoints
+from diffusion_jax.training.ema import Power, averaging_rules
 from diffusion_jax.types import ImageSpec, Weights
 
 
@@ -93,18 +96,27 @@ def open_model(workdir: str) -> Model:
 def load_weights(model: Model, workdir: str, profile: str, step: int | None) -> tuple[Weights, int]:
     """The weights of an averaging profile at a checkpoint, and its step; the newest where `step` is None.
 
+    "posthoc(std=0.1)" is an average that was never kept, made of the kept ones (see `training.posthoc`).
+
     Raises:
       UserError: for an unknown profile, or a checkpoint that is not there or cannot be read.
     """
     profiles = ("none", *model.settings.train.ema)
-    if profile not in profiles:
-        raise UserError(f"--ema={profile}: there is no such averaging profile; known: {', '.join(profiles)}.")
+    afterwards = plugs.parse("--ema", profile)[0] == "posthoc"
+    if profile not in profiles and not afterwards:
+        known = ", ".join((*profiles, "posthoc(std=...)"))
+        raise UserError(f"--ema={profile}: there is no such averaging profile; known: {known}.")
     checkpoints = _checkpoints_of(workdir)
     steps = checkpoints.steps()
     if step is not None and step not in steps:
         raise UserError(f"--step={step}: there is no such checkpoint; there are {', '.join(map(str, steps))}.")
     step = steps[-1] if step is None else step
-    return checkpoints.restore_weights(model.weights_like(), step, profile), step
+    load = functools.partial(checkpoints.restore_weights, model.weights_like())
+    if not afterwards:
+        return load(step, profile), step
+    std = plugs.build("--ema", profile, {"posthoc": Power}).std
+    stored = posthoc.snapshots(steps, averaging_rules(model.settings.train), step)
+    return posthoc.combine(stored, std, step, load), step
 
 
 def _config_of(workdir: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The diffusion family: learn to undo noise, then walk from noise to an image.
 
-Read top to bottom: what a user sets; how it becomes a network, a prediction and an objective; the loss; sampling.
+Read top to bottom: what a user sets; how it becomes a network, a prediction and an objective; the losses; sampling.
 
     x_t = alpha(t) x0 + sigma(t) eps          the schedule says how an image drowns in noise
     y   = a(t) x0 + b(t) eps                  the prediction says what the network regresses on
@@ -9,25 +9,45 @@ Read top to bottom: what a user sets; how it becomes a network, a prediction and
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_jax import networks, plugs, rng
-from diffusion_jax.diffusion import guidance, time_sampling
+from diffusion_jax.diffusion import guidance
 from diffusion_jax.diffusion.broadcast import over
+from diffusion_jax.diffusion.editing import Walk, decode, first_stop
 from diffusion_jax.diffusion.grids import GRIDS, MAX_STEPS, Grid
-from diffusion_jax.diffusion.objectives.denoising import Denoising
+from diffusion_jax.diffusion.likelihood import LIKELIHOODS, Likelihood
+from diffusion_jax.diffusion.objectives import OBJECTIVES, Objective
 from diffusion_jax.diffusion.prediction import PREDICTIONS, Prediction, check_pairing
-from diffusion_jax.diffusion.schedule import SCHEDULES
-from diffusion_jax.diffusion.solvers import SOLVERS
-from diffusion_jax.diffusion.solvers.base import Solver, solve
+from diffusion_jax.diffusion.schedule import SCHEDULES, Learned, Schedule
+from diffusion_jax.diffusion.solvers import DDIM, SOLVERS
+from diffusion_jax.diffusion.solvers.base import Solver, trajectory
+from diffusion_jax.diffusion.thresholding import THRESHOLDS, Threshold, thresholded
+from diffusion_jax.diffusion.time_sampling import QUANTILES, TIME_SAMPLINGS, Quantiles, TimeSampling
 from diffusion_jax.diffusion.weighting import WEIGHTINGS
 from diffusion_jax.errors import UserError, require
+from diffusion_jax.families.diffusion_classifier import NoisyClassifier
+from diffusion_jax.families.diffusion_edits import EDITS
 from diffusion_jax.settings import from_section
-from diffusion_jax.types import Array, Aux, Condition, Context, Denoised, Family, ImageSpec, Player, Tree, Weights
+from diffusion_jax.types import (
+    Array,
+    Aux,
+    Batch,
+    Condition,
+    Context,
+    Denoised,
+    Denoiser,
+    Family,
+    ImageSpec,
+    Player,
+    Tree,
+    Weights,
+)
 
 # ---------------------------------------------------------------------------------------------- what a user sets
 
@@ -38,21 +58,28 @@ class FamilySettings:
 
     Attributes:
       network: from `networks.BACKBONES`.
-      schedule: from `diffusion.schedule.SCHEDULES`.
+      schedule: from `diffusion.schedule.SCHEDULES`, or "learned".
       prediction: from `diffusion.prediction.PREDICTIONS`.
-      time_sampling: from `diffusion.time_sampling.TIME_SAMPLINGS`.
-      stratified: spread the times of a batch evenly over their density, instead of drawing each on its own.
+      objective: from `diffusion.objectives.OBJECTIVES`.
+      time_sampling: from `diffusion.time_sampling.TIME_SAMPLINGS`, a density of times.
+      quantiles: from `diffusion.time_sampling.QUANTILES`, how times are drawn from it.
       weighting: from `diffusion.weighting.WEIGHTINGS`.
       label_dropout: share of training examples whose label is hidden, in [0, 1); guidance needs some.
+      classifier: a second network, trained to tell the labels of noisy images, for `sample.classifier`; none where
+        empty.
+      likelihood: from `diffusion.likelihood.LIKELIHOODS`, how bits per dimension are measured.
     """
 
     network: str = "dit"
     schedule: str = "rectified_flow"
     prediction: str = "velocity"
+    objective: str = "denoising"
     time_sampling: str = "logit_normal"
-    stratified: bool = True
+    quantiles: str = "stratified"
     weighting: str = "simple"
     label_dropout: float = 0.1
+    classifier: str = ""
+    likelihood: str = "bound"
 
     def __post_init__(self) -> None:
         inside = 0.0 <= self.label_dropout < 1.0
@@ -67,31 +94,44 @@ class SampleSettings:
       solver: from `diffusion.solvers.SOLVERS`.
       grid: from `diffusion.grids.GRIDS`.
       steps: of the solver, at most `grids.MAX_STEPS`.
-      guidance: classifier-free guidance weight; 1 is the plain conditional model, 0 the unconditional one.
-      clip: keep x0 within [-1, 1] at every step.
+      guidance: weight of the conditional model against the other; 1 is the conditional one alone, 0 the other.
+      rules: from `diffusion.guidance.GUIDANCE_RULES`, joined by "+"; they change what `guidance` does.
+      classifier: weight of the gradient of `family.classifier`; 0 for none.
+      threshold: from `diffusion.thresholding.THRESHOLDS`, what keeps x0 in range at every step.
+      temperature: standard deviation of the noise at the start, over the schedule's own; a little above 1 gives back
+        variety that a small network loses.
     """
 
     solver: str = "heun"
     grid: str = "uniform"
     steps: int = 20
     guidance: float = 1.0
-    clip: bool = True
+    rules: str = ""
+    classifier: float = 0.0
+    threshold: str = "static"
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         require(1 <= self.steps <= MAX_STEPS, "sample.steps", self.steps, f"must lie in [1, {MAX_STEPS}]")
-        require(0.0 <= self.guidance < jnp.inf, "sample.guidance", self.guidance, "must be a number from 0 on")
+        for name in ("guidance", "classifier"):
+            weight = getattr(self, name)
+            require(0.0 <= weight < jnp.inf, f"sample.{name}", weight, "must be a number from 0 on")
+        require(0.0 < self.temperature < jnp.inf, "sample.temperature", self.temperature, "must be positive")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of `generate`: all traced but the solver's kind, so that changing them does not compile again."""
+    """Options of `generate`: all traced but the kinds of solver, rules and threshold: new numbers compile nothing."""
 
     solver: Solver
     times: Array  # f32[MAX_STEPS + 1], from the grid
     steps: Array  # i32[]
     guidance: Array  # f32[]
-    clip: Array  # f32[]: the bound on |x0|, infinity for none
+    rules: tuple[guidance.Rule, ...]
+    classifier: Array  # f32[]
+    threshold: Threshold
+    temperature: Array  # f32[]
 
 
 # ---------------------------------------------------------------------------------------------- how it is built
@@ -101,30 +141,51 @@ def build(settings: FamilySettings, spec: ImageSpec, precision: str) -> Family:
     """The family for images of `spec`, computing in `precision`.
 
     Raises:
-      UserError: for an unknown row or option, or a schedule and prediction that do not fit together.
+      UserError: for an unknown row or option, or rows that do not fit together.
     """
-    schedule = plugs.build("family.schedule", settings.schedule, SCHEDULES)
-    prediction = plugs.build("family.prediction", settings.prediction, PREDICTIONS, schedule=schedule)
-    check_pairing("family.prediction", prediction, f"{settings.prediction} with {settings.schedule}")
-    model = Model(
+    schedule = plugs.build("family.schedule", settings.schedule, SCHEDULES | {"learned": Learned})
+    time_sampling = plugs.build("family.time_sampling", settings.time_sampling, TIME_SAMPLINGS)
+    weighting = plugs.build("family.weighting", settings.weighting, WEIGHTINGS)
+
+    def predicting(schedule: Schedule) -> Prediction:
+        return plugs.build("family.prediction", settings.prediction, PREDICTIONS, schedule=schedule)
+
+    def objective(prediction: Prediction) -> Objective:
+        given = {
+            "prediction": prediction,
+            "time_sampling": time_sampling,
+            "weighting": weighting,
+            "levels": spec.levels,
+        }
+        return plugs.build("family.objective", settings.objective, OBJECTIVES, **given)
+
+    if isinstance(schedule, Learned):
+        rule = "a learned schedule needs elbo, whose mean it cannot move"
+        require(settings.weighting == "elbo", "family.weighting", settings.weighting, rule)
+    if isinstance(schedule, Learned) or plugs.parse("family.objective", settings.objective)[0] == "learned_variance":
+        rule = "a learned schedule or variance needs uniform"
+        require(settings.time_sampling == "uniform", "family.time_sampling", settings.time_sampling, rule)
+    known = schedule.bind(schedule.init(jax.random.key(0))) if isinstance(schedule, Learned) else schedule
+    check_pairing("family.prediction", predicting(known), f"{settings.prediction} with {settings.schedule}")
+    channels = objective(predicting(known)).channels(spec.channels)
+    return Model(
         spec=spec,
-        network=networks.build("family.network", settings.network, spec, precision),
-        prediction=prediction,
-        objective=Denoising(
-            prediction=prediction,
-            time_sampling=plugs.build("family.time_sampling", settings.time_sampling, time_sampling.TIME_SAMPLINGS),
-            weighting=plugs.build("family.weighting", settings.weighting, WEIGHTINGS),
-        ),
-        quantiles=time_sampling.stratified if settings.stratified else time_sampling.independent,
+        network=networks.build("family.network", settings.network, spec, precision, channels),
+        schedule=schedule,
+        predicting=predicting,
+        objective=objective,
+        time_sampling=time_sampling,
+        quantiles=plugs.build("family.quantiles", settings.quantiles, QUANTILES),
         label_dropout=settings.label_dropout,
-    )
-    return Family(
-        name="diffusion",
-        players=(Player(name="denoiser", loss=model.loss),),
-        init=lambda key: ({"denoiser": model.network.init(key)}, {}),
-        generate=model.generate,
-        sampling=model.sampling,
-    )
+        likelihood=plugs.build("family.likelihood", settings.likelihood, LIKELIHOODS),
+        classifier=_classifier(settings.classifier, spec, precision) if settings.classifier else None,
+    ).family()
+
+
+def _classifier(text: str, spec: ImageSpec, precision: str) -> NoisyClassifier:
+    require(spec.num_classes > 0, "family.classifier", text, "needs data with classes")
+    network = networks.build("family.classifier", text, spec, precision, spec.num_classes)
+    return NoisyClassifier(network=network, num_classes=spec.num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,25 +194,74 @@ class Model:
 
     spec: ImageSpec
     network: networks.Network
-    prediction: Prediction
-    objective: Denoising
-    quantiles: Callable[[Array, Array], Array]
+    schedule: Schedule | Learned
+    predicting: Callable[[Schedule], Prediction]
+    objective: Callable[[Prediction], Objective]
+    time_sampling: TimeSampling
+    quantiles: Quantiles
     label_dropout: float
+    likelihood: Likelihood
+    classifier: NoisyClassifier | None = None
+    weak: Callable[[Weights, Array, Array, Array | None], Denoised] | None = None
+
+    def family(self) -> Family:
+        """What everyone else sees of the model."""
+        losses = {"denoiser": self.loss}
+        if isinstance(self.schedule, Learned):
+            losses["schedule"] = self.schedule_loss
+        if self.classifier:
+            losses["classifier"] = self.classifier_loss
+        return Family(
+            name="diffusion",
+            players=tuple(Player(name=name, loss=loss) for name, loss in losses.items()),
+            init=self.init,
+            generate=self.generate,
+            sampling=self.sampling,
+            nll=self.nll,
+            trajectory=self.trajectory,
+            edits={name: partial(edit, self) for name, edit in EDITS.items()},
+            denoise=self.denoise,
+            guided_by=lambda weak: replace(self, weak=weak).family(),
+        )
+
+    def init(self, key: Array) -> tuple[Weights, Tree]:
+        """Parameters by player, and the history of losses that `quantiles` keeps."""
+        weights = {"denoiser": self.network.init(key)}
+        if isinstance(self.schedule, Learned):
+            weights["schedule"] = self.schedule.init(rng.stream(key, "schedule"))
+        if self.classifier:
+            weights["classifier"] = self.classifier.network.init(rng.stream(key, "classifier"))
+        return weights, {"quantiles": self.quantiles.init()}
+
+    def prediction(self, weights: Weights) -> Prediction:
+        """The prediction, bound to the schedule, which may have been learned."""
+        learned = isinstance(self.schedule, Learned)
+        return self.predicting(self.schedule.bind(weights["schedule"]) if learned else self.schedule)
 
     # ------------------------------------------------------------------------------------------ training
 
     def loss(self, params: Weights, ctx: Context) -> tuple[Array, Aux]:
-        """The denoising loss, averaged over the batch; some labels are hidden, so that guidance can be learned."""
-        index = ctx.batch["index"]
-        u = self.quantiles(rng.stream(ctx.key, "time"), index)
+        """The objective, averaged over the batch; the quantiles learn where it is large."""
+        u, weights, losses = self.losses(params, ctx)
+        history = self.quantiles.update(ctx.extra["quantiles"], u, losses)
+        return jnp.mean(weights * losses), Aux(metrics={}, extra=ctx.extra | {"quantiles": history})
+
+    def schedule_loss(self, params: Weights, ctx: Context) -> tuple[Array, Aux]:
+        """E loss^2, which a learned schedule lowers by making the loss alike at all times (Kingma et al. 2021)."""
+        _, weights, losses = self.losses(params, ctx)
+        return jnp.mean(weights * jnp.square(losses)), Aux(metrics={}, extra=ctx.extra)
+
+    def losses(self, params: Weights, ctx: Context) -> tuple[Array, Array, Array]:
+        """Quantiles, weights and losses, f32[B] each; some labels are hidden, so that guidance can be learned."""
+        index, prediction = ctx.batch["index"], self.prediction(params)
+        u, weights = self.quantiles.draw(ctx.extra["quantiles"], rng.stream(ctx.key, "time"), index)
         keys = rng.example_keys(ctx.key, index)
         label = self.hide_labels(ctx.batch, rng.fold(keys, 0))
 
         def predict(x: Array, t: Array) -> Array:
-            return self.predict(params["denoiser"], x, t, label, dropout=rng.fold(keys, 1))
+            return self.predict(params["denoiser"], prediction, x, t, label, dropout=rng.fold(keys, 1))
 
-        losses, _ = self.objective.loss(predict, ctx.batch["image"], u, rng.fold(keys, 2))
-        return jnp.mean(losses), Aux(metrics={}, extra=ctx.extra)
+        return u, weights, self.objective(prediction).loss(predict, ctx.batch["image"], u, rng.fold(keys, 2))[0]
 
     def hide_labels(self, batch: Mapping[str, Array], keys: Array) -> Array | None:
         """Labels i32[B], each replaced by `null` with probability `label_dropout`."""
@@ -159,43 +269,108 @@ class Model:
             return None
         return jnp.where(rng.uniform(keys) < self.label_dropout, self.spec.num_classes, batch["label"])
 
-    def predict(self, params: Tree, x: Array, t: Array, label: Array | None, dropout: Array | None = None) -> Array:
+    def predict(
+        self,
+        params: Tree,
+        prediction: Prediction,
+        x: Array,
+        t: Array,
+        label: Array | None,
+        dropout: Array | None = None,
+    ) -> Array:
         """y f32[B,H,W,C]: the network sees the scaled input and the schedule's label of t, f32[] or f32[B]."""
-        time = jnp.atleast_1d(self.prediction.schedule.label(t))
-        return self.network.apply(params, over(self.prediction.input_scale(t), x) * x, time, label, dropout)
+        time = jnp.atleast_1d(prediction.schedule.label(t))
+        return self.network.apply(params, over(prediction.input_scale(t), x) * x, time, label, dropout)
+
+    def classifier_loss(self, params: Weights, ctx: Context) -> tuple[Array, Aux]:
+        """What the classifier of noisy images minimises."""
+        image, label = ctx.batch["image"], ctx.batch["label"]
+        keys, prediction = rng.example_keys(ctx.key, ctx.batch["index"]), self.prediction(params)
+        losses = self.classifier.loss(params["classifier"], prediction, self.time_sampling, image, label, keys)
+        return jnp.mean(losses), Aux(metrics={}, extra=ctx.extra)
 
     # ------------------------------------------------------------------------------------------ sampling
 
+    def denoise(self, weights: Weights, x: Array, t: Array, label: Array | None) -> Denoised:
+        """What the plain model makes of x under labels i32[n]."""
+        prediction = self.prediction(weights)
+        y = self.predict(weights["denoiser"], prediction, x, t, label)
+        return self.objective(prediction).denoised(x, y, t)
+
+    def denoiser(self, weights: Weights, condition: Condition, options: Options) -> Denoiser:
+        """The model under its labels, guided and kept in range."""
+        schedule, label = self.prediction(weights).schedule, condition.get("label")
+        plain = lambda x, t: self.denoise(weights, x, t, label)
+        guided = plain
+        if self.weak:
+            pair = guidance.strong_and_weak(plain, lambda x, t: self.weak(weights["weak"], x, t, label))
+            guided = guidance.guide(pair, schedule, options.guidance, options.rules)
+        elif label is not None:
+            by_label = lambda x, t, label: self.denoise(weights, x, t, label)
+            pair = guidance.with_and_without_label(by_label, label, self.spec.num_classes)
+            guided = guidance.guide(pair, schedule, options.guidance, options.rules)
+        if self.classifier:
+            params, prediction = weights["classifier"], self.prediction(weights)
+            guided = self.classifier.guide(guided, params, prediction, label, options.classifier)
+        return thresholded(guided, schedule, options.threshold)
+
     def generate(self, weights: Weights, keys: Array, condition: Condition, options: Options) -> Array:
         """Images f32[n,H,W,C] in [-1,1], one for each of keys key[n]: solve from noise down to t = 0."""
-        schedule = self.prediction.schedule
+        walk = self.walk(weights, condition, options)
+        return jnp.clip(decode(walk, self.noise(keys, options), rng.fold(keys, 1)), -1.0, 1.0)
 
-        def denoise(x: Array, t: Array, label: Array | None) -> Denoised:
-            return Denoised(*self.prediction.split(x, self.predict(weights["denoiser"], x, t, label), t))
+    def trajectory(self, weights: Weights, keys: Array, condition: Condition, options: Options, steps: int) -> Array:
+        """All stops on the way, f32[n,steps + 1,H,W,C]; `steps` are those of `options`, as a Python number."""
+        walk = self.walk(weights, condition, options)._replace(steps=steps)
+        stops = trajectory(*walk, first_stop(walk, self.noise(keys, options)), rng.fold(keys, 1))
+        return jnp.swapaxes(stops, 0, 1)
 
-        if self.spec.num_classes:
-            denoiser = guidance.classifier_free(denoise, condition["label"], self.spec.num_classes, options.guidance)
-        else:
-            denoiser = lambda x, t: denoise(x, t, None)
-        denoiser = guidance.clip(denoiser, schedule, options.clip)
+    def walk(self, weights: Weights, condition: Condition, options: Options) -> Walk:
+        """The way from noise to an image under `condition`."""
+        denoiser, schedule = self.denoiser(weights, condition, options), self.prediction(weights).schedule
+        return Walk(denoiser, schedule, options.solver, options.times, options.steps)
 
-        noise = rng.normal(rng.fold(keys, 0), self.spec.shape)
-        x = schedule.sigma(options.times[0]) * noise  # the mean, alpha x0, is unknown and next to nothing
-        x = solve(denoiser, schedule, options.solver, options.times, options.steps, x, rng.fold(keys, 1))
-        return jnp.clip(x, -1.0, 1.0)
+    def noise(self, keys: Array, options: Options) -> Array:
+        """The noise f32[n,H,W,C], of unit variance at temperature 1, that images of keys key[n] begin as."""
+        return options.temperature * rng.normal(rng.fold(keys, 0), self.spec.shape)
+
+    def nll(self, weights: Weights, batch: Batch, key: Array) -> Array:
+        """Bits per dimension f32[B] of the batch's images under their labels, without guidance or threshold."""
+        label = batch["label"] if self.spec.num_classes else None
+        denoise = lambda x, t: self.denoise(weights, x, t, label)
+        keys = rng.example_keys(key, batch["index"])
+        return self.likelihood(denoise, self.prediction(weights).schedule, batch["image"], keys, self.spec.levels)
 
     def sampling(self, section: Mapping[str, Any]) -> Options:
         """Check the config's `sample` section and make it options of `generate`."""
         settings = from_section(SampleSettings, section, "sample")
-        if settings.guidance != 1.0 and not (self.spec.num_classes and self.label_dropout):
-            raise UserError(
-                f"sample.guidance = {settings.guidance}: must be 1 for a model without labels or label_dropout."
-            )
-        grid: Grid = plugs.build("sample.grid", settings.grid, GRIDS)
+        pairs = self.weak or (self.spec.num_classes and self.label_dropout)
+        rule = "must be 1 for a model without labels or label_dropout"
+        require(settings.guidance == 1.0 or pairs, "sample.guidance", settings.guidance, rule)
+        rule = "must be 0 for a model without family.classifier"
+        require(settings.classifier == 0.0 or self.classifier, "sample.classifier", settings.classifier, rule)
+        grid = plugs.build("sample.grid", settings.grid, GRIDS)
+        rule = f"the grid {settings.grid} has {grid.steps} steps"
+        require(grid.steps in (None, settings.steps), "sample.steps", settings.steps, rule)
+        solver = plugs.build("sample.solver", settings.solver, SOLVERS)
+        rules = plugs.build_all("sample.rules", settings.rules, guidance.GUIDANCE_RULES)
+        steps_aside = any(isinstance(rule, guidance.CFGPlusPlus) for rule in rules) and not isinstance(solver, DDIM)
+        require(not steps_aside, "sample.rules", settings.rules, "cfg_pp is a method for the solver ddim")
         return Options(
-            solver=plugs.build("sample.solver", settings.solver, SOLVERS),
-            times=grid(self.prediction.schedule, jnp.int32(settings.steps)),
+            solver=solver,
+            times=self.times(grid, settings),
             steps=jnp.int32(settings.steps),
             guidance=jnp.float32(settings.guidance),
-            clip=jnp.float32(1.0 if settings.clip else jnp.inf),
+            rules=rules,
+            classifier=jnp.float32(settings.classifier),
+            threshold=plugs.build("sample.threshold", settings.threshold, THRESHOLDS),
+            temperature=jnp.float32(settings.temperature),
         )
+
+    def times(self, grid: Grid, settings: SampleSettings) -> Array:
+        """The grid's stops, f32[MAX_STEPS + 1]."""
+        try:
+            return grid(self.schedule, jnp.int32(settings.steps))
+        except AttributeError:  # of a learned schedule, which is no schedule before its parameters are bound
+            rule = "asks for the schedule's log-SNR, and family.schedule is learned; take uniform, quadratic or cosine"
+            raise UserError(f"sample.grid = {settings.grid!r}: {rule}.") from None

@@ -1,0 +1,168 @@
+"""What `sample` and `edit` share: the flags that choose weights and sampling options, and the files they write."""
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import flags
+
+from diffusion_jax import files
+from diffusion_jax.cli import arguments
+from diffusion_jax.errors import UserError, require
+
+if TYPE_CHECKING:
+    from diffusion_jax.cli.run import Model
+    from diffusion_jax.types import Tree, Weights
+
+CHANGES = ("solver", "grid", "steps", "guidance", "rules", "classifier", "threshold", "temperature")
+"""Flags that change the field of that name in the config's `sample` section."""
+
+
+def define(values: flags.FlagValues) -> None:
+    """The flags."""
+    string = lambda name, text: flags.DEFINE_string(name, None, text, flag_values=values)
+    string("workdir", "the directory of a trained run")
+    string("out", "the file to write, FILE.npz or FILE.png")
+    flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
+    string("solver", "such as heun or 'ddim(eta=1.0)'; the config's where left out")
+    string("grid", "such as uniform or 'custom(times=(1.0,0.5))'; the config's where left out")
+    flags.DEFINE_integer("steps", None, "of the solver; the config's where left out", flag_values=values)
+    flags.DEFINE_float("guidance", None, "guidance weight; the config's where left out", flag_values=values)
+    string("rules", "of guidance, such as 'interval(high=5.0)+rescaled'; the config's where left out")
+    flags.DEFINE_float("classifier", None, "weight of the classifier's gradient", flag_values=values)
+    string("threshold", "such as static or 'dynamic(quantile=0.99)'; the config's where left out")
+    flags.DEFINE_float(
+        "temperature", None, "of the noise at the start; the config's where left out", flag_values=values
+    )
+    string("ema", "averaging profile, none, or 'posthoc(std=0.1)'; the config's where left out")
+    flags.DEFINE_integer("step", None, "of the checkpoint; the newest where left out", flag_values=values)
+    string("weak_workdir", "the run of a worse model, for autoguidance by --guidance; its config's averaging profile")
+    flags.DEFINE_integer(
+        "weak_step", None, "of the worse model's checkpoint; the newest where left out", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "batch_size", None, "images at once; the config's where left out", lower_bound=1, flag_values=values
+    )
+
+
+def check_out(values: flags.FlagValues) -> Path:
+    """The file that --out names.
+
+    Raises:
+      UserError: where it cannot be written.
+    """
+    out = Path(arguments.required(values, "out"))
+    require(out.suffix in (".npz", ".png"), "--out", str(out), "must end in .npz or .png")
+    fine = out.absolute().parent.is_dir() and not out.is_dir()
+    require(fine, "--out", str(out), "must be a file in a directory that is there")
+    files.check_can_write("--out", out.absolute().parent)
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawer:
+    """A model that is ready to draw.
+
+    Attributes:
+      about: plain JSON: what the images are made with.
+    """
+
+    model: "Model"
+    weights: "Weights"
+    options: "Tree"
+    batch_size: int
+    about: dict[str, Any]
+
+
+def prepare(values: flags.FlagValues, **defaults: Any) -> Drawer:
+    """Open the run that the flags name, check its sampling options, load its weights.
+
+    `defaults` stand in the place of the config's `sample` fields where no flag does.
+
+    Raises:
+      UserError: for whatever is wrong with them.
+    """
+    from diffusion_jax.cli import runtime
+    from diffusion_jax.cli.workdir import load_weights, open_model
+
+    runtime.prepare()
+    model = open_model(values.workdir)
+    weak = weaken(values, model) if values.weak_workdir else None
+    if weak:
+        model = replace(model, family=weak[0])
+    changed = {name: values[name].value for name in CHANGES if values[name].value is not None}
+    section = {**model.settings.sampling, **defaults, **changed}
+    options = model.family.sampling(section)
+    profile = values.ema or model.settings.sample.ema
+    weights, step = load_weights(model, values.workdir, profile, values.step)
+    about = {"workdir": str(values.workdir), "step": step, "seed": values.seed, "ema": profile, "sample": section}
+    if weak:
+        weights |= {"weak": weak[1]}
+        about["weak"] = {"workdir": str(values.weak_workdir), "step": weak[2]}
+    return Drawer(
+        model=model,
+        weights=weights,
+        options=options,
+        batch_size=values.batch_size or model.settings.sample.batch_size,
+        about=about | {"config": model.config},
+    )
+
+
+def weaken(values: flags.FlagValues, model: "Model") -> tuple[Any, "Weights", int]:
+    """(the family under autoguidance, the worse model's weights, their step)."""
+    from diffusion_jax.cli.workdir import load_weights, open_model
+
+    weak = open_model(values.weak_workdir)
+    require(
+        model.family.guided_by is not None, "--weak_workdir", values.weak_workdir, "this family has no autoguidance"
+    )
+    for field in ("name", "schedule"):
+        ours, theirs = model.config["family"].get(field), weak.config["family"].get(field)
+        rule = f"its family.{field} is {theirs!r}; autoguidance needs the model's own, {ours!r}"
+        require(ours == theirs, "--weak_workdir", values.weak_workdir, rule)
+    same = (weak.spec.shape, weak.spec.num_classes) == (model.spec.shape, model.spec.num_classes)
+    require(same, "--weak_workdir", values.weak_workdir, "its images are of another size, or its classes others")
+    weights, step = load_weights(weak, values.weak_workdir, weak.settings.sample.ema, values.weak_step)
+    return model.family.guided_by(weak.family.denoise), weights, step
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def write(out: Path, about: dict[str, Any], per_row: int = 10, **columns: np.ndarray | None) -> None:
+    """Write a samples file of `columns`, or for a .png a grid of those called `images`: whole or not at all.
+
+    Columns that are None are left out; the grid has `per_row` images in a row.
+    """
+    from diffusion_jax.cli import pictures
+
+    if out.suffix == ".png":
+        files.write_whole(out, pictures.png(columns["images"], per_row))
+        return
+    buffer = io.BytesIO()
+    present = {name: column for name, column in columns.items() if column is not None}
+    np.savez_compressed(buffer, **present, about=np.array(json.dumps(about)))
+    files.write_whole(out, buffer.getvalue())
+
+
+def read(flag: str, file: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images uint8 [N,H,W,C] and labels i32[N] (None where there are none) of the samples file that a flag names.
+
+    Raises:
+      UserError: where the file is not one.
+    """
+    try:
+        with file.open("rb") as handle, zipfile.ZipFile(handle), np.load(handle) as content:
+            images = content["images"]
+            labels = content.get("label", None)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"--{flag}={file} is no samples file, an .npz with `images` ({error}).") from error
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise UserError(f"--{flag}={file}: `images` is {images.dtype}{list(images.shape)}, not uint8 [N,H,W,C].")
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise UserError(f"--{flag}={file}: `label` is {list(labels.shape)} for {len(images)} images.")
+    return images, labels

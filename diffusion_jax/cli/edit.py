@@ -1,0 +1,188 @@
+"""Edit images with a trained model, or go from one to another; nothing is trained for it.
+
+    img2img      noise --images to --strength, walk down from there: variations, under --label
+    inpaint      keep what is black in --mask, make what is white; each step --resamplings times (RePaint), by
+                 default in 20 steps of 'ddpm(variance=1.0)'
+    translate    encode --images under --source_label (their own where left out), decode under --label
+    interpolate  --frames images between image 0 of two --seeds, or between the two --images
+
+--images is a samples file (.npz), whose labels are the images' own, or picture files (PNG, JPEG, WebP) separated by
+commas, resized and cropped to the model's size. FILE.npz and FILE.png are as `sample` writes them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from absl import flags
+
+from diffusion_jax.cli import arguments, drawing
+from diffusion_jax.cli.sample import check_label
+from diffusion_jax.errors import UserError, require
+
+if TYPE_CHECKING:
+    from diffusion_jax.types import ImageSpec
+
+READS = {
+    "img2img": {"images", "label", "strength"},
+    "inpaint": {"images", "label", "mask", "resamplings"},
+    "translate": {"images", "label", "source_label"},
+    "interpolate": {"images", "label", "seeds", "frames"},
+}
+"""edit -> the flags of its own that it reads."""
+
+DEFAULTS = {"inpaint": {"solver": "ddpm(variance=1.0)", "steps": 20, "grid": "uniform"}}
+"""edit -> sampling options that suit it: RePaint needs a solver whose noise is that of the step back."""
+
+
+def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """The command's flags."""
+    drawing.define(values)
+    string = lambda name, text: flags.DEFINE_string(name, None, text, flag_values=values)
+    string("edit", f"what to do: {', '.join(READS)}")
+    string("images", "the images to edit: FILE.npz, or picture files separated by commas")
+    string("mask", "a picture of the model's size: white is made, black is kept")
+    number = lambda name, text: flags.DEFINE_integer(name, None, text, lower_bound=0, flag_values=values)
+    number("label", "the class to show; the images' own where left out")
+    number("source_label", "the class that the images show; their own where left out")
+    flags.DEFINE_float(
+        "strength", None, "how far to noise, above 0 and at most 1; 0.5 where left out", flag_values=values
+    )
+    number("resamplings", "how often to walk each step, at least 1; 10 where left out")
+    flags.DEFINE_list("seeds", None, "two seeds, such as 0,1", flag_values=values)
+    number("frames", "number of images, both ends among them, at least 2; 10 where left out")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    values = arguments.parse("edit", define, argv)
+    arguments.required(values, "workdir")
+    edit = check(values)
+    out = drawing.check_out(values)
+    drawer = drawing.prepare(values, **DEFAULTS.get(edit, {}))
+    model = drawer.model
+    name, rows = inputs(values, edit, model.spec)
+    if name not in model.family.edits:
+        raise UserError(f"--edit={edit}: the family {model.family.name} does not have it.")
+    if name in ("translate", "interpolate_images"):
+        require_ode(drawer)
+
+    from diffusion_jax.sampling import Sampler
+
+    count = max(len(row) for row in rows.values() if row.ndim)
+    sampler = Sampler(model.family.edits[name], model.spec, model.mesh, drawer.batch_size)
+    images = sampler.draw(drawer.weights, values.seed, rows, count, drawer.options)
+    about = drawer.about | {"edit": {"name": edit} | {flag: values[flag].value for flag in sorted(READS[edit])}}
+    drawing.write(out, about, images=images, label=rows.get("label"))
+    print(f"{count} images in {out}")
+
+
+def check(values: flags.FlagValues) -> str:
+    """The name of the edit, after checking that its flags are there and in range, and no other edit's are.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    edit = arguments.required(values, "edit")
+    require(edit in READS, "--edit", edit, f"must be one of {', '.join(READS)}")
+    own = set().union(*READS.values())
+    for name in sorted(own - READS[edit]):
+        require(values[name].value is None, f"--{name}", values[name].value, f"{edit} does not read this flag")
+    if edit == "interpolate":
+        rule = "give two seeds, such as --seeds=0,1, or two --images, and not both"
+        require((values.images is None) != (values.seeds is None), "--seeds", values.seeds, rule)
+    else:
+        arguments.required(values, "images")
+    if edit == "inpaint":
+        arguments.required(values, "mask")
+    if values.seeds is not None:
+        fine = len(values.seeds) == 2 and all(seed.isdigit() and int(seed) < 2**32 for seed in values.seeds)
+        require(fine, "--seeds", ",".join(values.seeds), "must be two whole numbers from 0 to 2^32 - 1")
+    for name, low, high in (("strength", 1e-6, 1.0), ("resamplings", 1, 10_000), ("frames", 2, 10_000)):
+        value = values[name].value
+        require(value is None or low <= value <= high, f"--{name}", value, f"must lie in [{low}, {high}]")
+    return edit
+
+
+def inputs(values: flags.FlagValues, edit: str, spec: "ImageSpec") -> tuple[str, dict[str, np.ndarray]]:
+    """(the family's name of the edit, what it reads)."""
+    for flag in ("label", "source_label"):
+        check_label(flag, values[flag].value, spec.num_classes)
+    image, own = images(values.images, spec) if values.images else (None, None)
+    count = (values.frames or 10) if edit == "interpolate" else len(image)
+    rows = labels("label", values.label, own, count, spec) if edit != "interpolate" else {}
+    if edit == "img2img":
+        return edit, rows | {"image": image, "strength": np.float32(values.strength or 0.5)}
+    if edit == "inpaint":
+        known = np.broadcast_to(mask(values.mask, spec), (count, spec.size, spec.size, 1))
+        return edit, rows | {"image": image, "known": known, "resamplings": np.int32(values.resamplings or 10)}
+    if edit == "translate":
+        return edit, rows | {"image": image} | labels("source_label", values.source_label, own, count, spec)
+    rows = labels("label", values.label, None if own is None else np.repeat(own[:1], count), count, spec)
+    rows["share"] = np.linspace(0.0, 1.0, count, dtype=np.float32)
+    if values.seeds:
+        return "interpolate_seeds", rows | dict(zip(("first", "second"), map(np.uint32, values.seeds), strict=True))
+    require(len(image) == 2, "--images", values.images, f"must be two images to interpolate between, not {len(image)}")
+    first, second = (np.repeat(end[None], count, axis=0) for end in image)
+    return "interpolate_images", rows | {"first": first, "second": second}
+
+
+def labels(
+    name: str,
+    asked: int | None,
+    own: np.ndarray | None,
+    count: int,
+    spec: "ImageSpec",
+) -> dict[str, np.ndarray]:
+    """`name` i32[count]: what was asked for, else the images' own; nothing for a model without classes."""
+    if not spec.num_classes:
+        return {}
+    if asked is None and own is None:
+        raise UserError(
+            f"--{name} is missing: this model has {spec.num_classes} classes, and the images have no labels."
+        )
+    return {name: np.full(count, asked, np.int32) if asked is not None else own.astype(np.int32)}
+
+
+def images(text: str, spec: "ImageSpec") -> tuple[np.ndarray, np.ndarray | None]:
+    """f32[n,H,W,C] in [-1, 1] and labels i32[n], None where there are none, of what --images names."""
+    from diffusion_jax.data.source import to_float
+
+    if text.endswith(".npz"):
+        found, own = drawing.read("images", Path(text))
+        rule = f"holds images of {list(found.shape[1:])}, and the model's are {list(spec.shape)}"
+        require(found.shape[1:] == spec.shape, "--images", text, rule)
+        require(len(found) > 0, "--images", text, "holds no images")
+        fits = own is None or bool(np.all((own >= 0) & (own < max(spec.num_classes, 1))))
+        require(fits, "--images", text, f"holds labels outside [0, {spec.num_classes})")
+        return to_float(found), own
+    return to_float(np.stack([picture("images", name, spec, spec.channels) for name in text.split(",")])), None
+
+
+def mask(file: str, spec: "ImageSpec") -> np.ndarray:
+    """Which pixels are known, bool[1,H,W,1]: those that are black."""
+    made = picture("mask", file, spec, 1) >= 128
+    require(
+        bool(made.any()) and not made.all(), "--mask", file, "must have black pixels to keep and white ones to make"
+    )
+    return ~made[None]
+
+
+def picture(flag: str, file: str, spec: "ImageSpec", channels: int) -> np.ndarray:
+    """A picture file as u8[H,W,channels] of the model's size."""
+    from diffusion_jax.data import images as formats
+
+    try:
+        with Path(file).open("rb") as handle:
+            return formats.pixels(formats.square(formats.decode(handle), spec.size), channels)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"--{flag}={file}: is no picture that can be read ({error}).") from error
+
+
+def require_ode(drawer: drawing.Drawer) -> None:
+    """Raise `UserError` where the solver draws noise: there is no way back along such a path."""
+    from diffusion_jax.diffusion.solvers import draws_noise
+
+    rule = "draws noise, and an image cannot be encoded by it; take --solver=heun, ddim, dpmpp_2m or another of an ODE"
+    require(not draws_noise(drawer.options.solver), "sample.solver", drawer.about["sample"]["solver"], rule)
