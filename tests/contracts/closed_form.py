@@ -119,9 +119,10 @@ def transported(x, name, t, s, data):
     In one dimension the flow keeps the points' order, and so their quantiles.
     """
     start, end = curves(name, t), curves(name, s)
+    far = 9.0 * np.hypot(*end)
 
     def inverse(quantile):
-        return brentq(lambda y: cdf(y, *end, data) - quantile, -9.0, 9.0, xtol=1e-14)
+        return brentq(lambda y: cdf(y, *end, data) - quantile, -far, far, xtol=1e-14)
 
     return np.array([inverse(cdf(v, *start, data)) for v in x])
 

@@ -310,6 +310,7 @@ def test_ill_posed_pairings_are_refused_by_name(schedule, prediction, fields, sa
 
 USUAL = {
     "edm": {"prediction": "edm", "weighting": "edm", "time_sampling": "log_normal"},
+    "ve": {"prediction": "edm", "weighting": "edm", "time_sampling": "log_normal"},
     "rectified_flow": {"prediction": "velocity", "time_sampling": "logit_normal"},
 }
 """The rows that the schedule's paper puts beside it; v and uniform times where nothing is said."""

@@ -18,10 +18,10 @@ from diffusion_jax.diffusion.weighting import WEIGHTINGS
 from diffusion_jax.types import Denoised
 
 
-def build(prediction="eps", schedule="vp_linear", times="uniform", **options):
+def build(prediction="eps", schedule="vp_linear", times="uniform", levels=256, **options):
     bound = PREDICTIONS[prediction](schedule=plugs.build("schedule", schedule, SCHEDULES))
     times, weighting = plugs.build("times", times, TIME_SAMPLINGS), WEIGHTINGS["simple"]()
-    return LearnedVariance(prediction=bound, time_sampling=times, weighting=weighting, **options)
+    return LearnedVariance(prediction=bound, time_sampling=times, weighting=weighting, levels=levels, **options)
 
 
 def keys(count, seed=0):
