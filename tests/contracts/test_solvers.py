@@ -367,7 +367,7 @@ def test_order_of_encoding(text, name, x64):
     assert returned[-1] < {1: 2e-2, 2: 2e-4}.get(promised, 1e-5)
 
 
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-8])
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-6, 1e-8])
 @pytest.mark.parametrize("encode", [False, True], ids=["decode", "encode"])
 @pytest.mark.parametrize("name", THREE)
 def test_rk45_meets_its_tolerance(name, encode, tolerance, x64):
@@ -379,7 +379,8 @@ def test_rk45_meets_its_tolerance(name, encode, tolerance, x64):
         times = logsnr_grid(name, steps)[:: -1 if encode else 1]
         x, truth = between(name, float(times[0]), float(times[-1]), TWO)
         error = np.abs(run(f"rk45(rtol={tolerance},atol={tolerance})", name, TWO, times, x) - truth)
-        assert np.all(error < 100 * tolerance * (1.0 + np.abs(truth))), (steps, error)
+        spread = np.hypot(*curves(name, float(times[-1])))
+        assert np.all(error < 100 * tolerance * (1.0 + spread)), (steps, error)
         assert error.max() > 1e-4 * tolerance  # it is the tolerance that is at work
 
 
