@@ -42,4 +42,4 @@ def diffusion(config: ConfigDict) -> None:
     config.sample.steps = 10
     config.sample.guidance = 1.3
     config.sample.rules = "interval(high=2.333)"
-    config.sample.temperature = 1.16
+    config.sample.temperature = 1.18
