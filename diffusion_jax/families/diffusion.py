@@ -347,6 +347,8 @@ class Model:
         pairs = self.weak or (self.spec.num_classes and self.label_dropout)
         rule = "must be 1 for a model without labels or label_dropout"
         require(settings.guidance == 1.0 or pairs, "sample.guidance", settings.guidance, rule)
+        rule = "must be empty for a model without labels or label_dropout"
+        require(not settings.rules or pairs, "sample.rules", settings.rules, rule)
         rule = "must be 0 for a model without family.classifier"
         require(settings.classifier == 0.0 or self.classifier, "sample.classifier", settings.classifier, rule)
         grid = plugs.build("sample.grid", settings.grid, GRIDS)

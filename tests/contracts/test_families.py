@@ -270,6 +270,7 @@ def test_null_label_is_what_guidance_zero_shows():
         ("diffusion", {"temperature": 0.0}, "sample.temperature = 0.0"),
         ("diffusion", {"threshold": "dynamical"}, "did you mean 'dynamic'"),
         ("diffusion-plain", {"guidance": 2.0}, "sample.guidance = 2.0"),
+        ("diffusion-plain", {"rules": "rescaled"}, "sample.rules = 'rescaled'"),
     ],
 )
 def test_impossible_options_are_refused_by_name(name, section, says):
