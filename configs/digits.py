@@ -28,7 +28,7 @@ def diffusion(config: ConfigDict) -> None:
     a temperature above 1 gives that back, and guidance at t <= 0.7 (sigma / alpha <= 2.333) the label that it costs.
 
     Cost: 5,000 steps, 3 minutes with the evaluation on two idle CPU cores. Score, over three seeds: Fréchet distance
-    1.11 to 1.22 times the real floor, precision 0.89, recall 0.87 to 0.88, 98.4 to 98.9 % recognised (see README).
+    1.12 to 1.24 times the real floor, precision 0.88, recall 0.88 to 0.89, 98.2 to 98.9 % recognised (see README).
     """
     config.family.network = "dit(patch=2,width=96,depth=4,heads=4)"
     config.family.time_sampling = "logit_normal(mean=-0.2,std=1.3)"

@@ -91,12 +91,16 @@ def prepare(values: flags.FlagValues, **defaults: Any) -> Drawer:
 
     runtime.prepare()
     model = open_model(values.workdir)
+    rule = "give --weak_workdir too"
+    require(values.weak_step is None or bool(values.weak_workdir), "--weak_step", values.weak_step, rule)
     weak = weaken(values, model) if values.weak_workdir else None
     if weak:
         model = replace(model, family=weak[0])
     changed = {name: values[name].value for name in CHANGES if values[name].value is not None}
     section = {**model.settings.sampling, **defaults, **changed}
     options = model.family.sampling(section)
+    rule = "is not asked where sample.guidance is 1; give --guidance=2 or another weight"
+    require(not weak or section.get("guidance") != 1.0, "--weak_workdir", values.weak_workdir, rule)
     profile = values.ema or model.settings.sample.ema
     weights, step = load_weights(model, values.workdir, profile, values.step)
     about = {"workdir": str(values.workdir), "step": step, "seed": values.seed, "ema": profile, "sample": section}
@@ -116,7 +120,7 @@ def weaken(values: flags.FlagValues, model: "Model") -> tuple[Any, "Weights", in
     """(the family under autoguidance, the worse model's weights, their step)."""
     from diffusion_jax.cli.workdir import load_weights, open_model
 
-    weak = open_model(values.weak_workdir)
+    weak = open_model(values.weak_workdir, "weak_workdir")
     require(
         model.family.guided_by is not None, "--weak_workdir", values.weak_workdir, "this family has no autoguidance"
     )
@@ -124,9 +128,12 @@ def weaken(values: flags.FlagValues, model: "Model") -> tuple[Any, "Weights", in
         ours, theirs = model.config["family"].get(field), weak.config["family"].get(field)
         rule = f"its family.{field} is {theirs!r}; autoguidance needs the model's own, {ours!r}"
         require(ours == theirs, "--weak_workdir", values.weak_workdir, rule)
+    rule = "its schedule is learned, and so another than the model's"
+    learned = str(weak.config["family"].get("schedule")).startswith("learned")
+    require(not learned, "--weak_workdir", values.weak_workdir, rule)
     same = (weak.spec.shape, weak.spec.num_classes) == (model.spec.shape, model.spec.num_classes)
     require(same, "--weak_workdir", values.weak_workdir, "its images are of another size, or its classes others")
-    weights, step = load_weights(weak, values.weak_workdir, weak.settings.sample.ema, values.weak_step)
+    weights, step = load_weights(weak, values.weak_workdir, weak.settings.sample.ema, values.weak_step, "weak_")
     return model.family.guided_by(weak.family.denoise), weights, step
 
 

@@ -65,8 +65,11 @@ def main(argv: Sequence[str]) -> None:
     name, rows = inputs(values, edit, model.spec)
     if name not in model.family.edits:
         raise UserError(f"--edit={edit}: the family {model.family.name} does not have it.")
-    if name in ("translate", "interpolate_images"):
+    if edit in ("translate", "interpolate"):
         require_ode(drawer)
+    if name in ("translate", "interpolate_images"):
+        rule = "means nothing where no noise is drawn"
+        require(values.temperature is None, "--temperature", values.temperature, rule)
 
     from diffusion_jax.sampling import Sampler
 

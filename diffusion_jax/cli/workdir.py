@@ -82,19 +82,21 @@ def open_run(workdir: str) -> Run:
     return assemble(_config_of(workdir), training=False)
 
 
-def open_model(workdir: str) -> Model:
-    """The model of a workdir, without its data: a checkpoint says what the images look like.
+def open_model(workdir: str, flag: str = "workdir") -> Model:
+    """The model of a workdir, which `flag` named, without its data: a checkpoint says what the images look like.
 
     Raises:
       UserError: where there is no readable config or no checkpoint.
     """
-    config, checkpoints = _config_of(workdir), _checkpoints_of(workdir)
+    config, checkpoints = _config_of(workdir, flag), _checkpoints_of(workdir, flag)
     spec = checkpoints.about(checkpoints.steps()[-1])["spec"]
     return assemble_model(config, ImageSpec(**spec))
 
 
-def load_weights(model: Model, workdir: str, profile: str, step: int | None) -> tuple[Weights, int]:
+def load_weights(model: Model, workdir: str, profile: str, step: int | None, prefix: str = "") -> tuple[Weights, int]:
     """The weights of an averaging profile at a checkpoint, and its step; the newest where `step` is None.
+
+    `prefix` is that of the flags --workdir and --step, for errors.
 
     "posthoc(std=0.1)" is an average that was never kept, made of the kept ones (see `training.posthoc`).
 
@@ -106,10 +108,10 @@ def load_weights(model: Model, workdir: str, profile: str, step: int | None) -> 
     if profile not in profiles and not afterwards:
         known = ", ".join((*profiles, "posthoc(std=...)"))
         raise UserError(f"--ema={profile}: there is no such averaging profile; known: {known}.")
-    checkpoints = _checkpoints_of(workdir)
+    checkpoints = _checkpoints_of(workdir, f"{prefix}workdir")
     steps = checkpoints.steps()
     if step is not None and step not in steps:
-        raise UserError(f"--step={step}: there is no such checkpoint; there are {', '.join(map(str, steps))}.")
+        raise UserError(f"--{prefix}step={step}: there is no such checkpoint; there are {', '.join(map(str, steps))}.")
     step = steps[-1] if step is None else step
     load = functools.partial(checkpoints.restore_weights, model.weights_like())
     if not afterwards:
@@ -119,14 +121,14 @@ def load_weights(model: Model, workdir: str, profile: str, step: int | None) -> 
     return posthoc.combine(stored, std, step, load), step
 
 
-def _config_of(workdir: str) -> dict[str, Any]:
+def _config_of(workdir: str, flag: str = "workdir") -> dict[str, Any]:
     config = saved_config(Path(workdir))
     if config is None:
-        raise UserError(f"--workdir={workdir}: there is no run here (no config.json); train one first.")
+        raise UserError(f"--{flag}={workdir}: there is no run here (no config.json); train one first.")
     return config
 
 
-def _checkpoints_of(workdir: str) -> Checkpoints:
+def _checkpoints_of(workdir: str, flag: str) -> Checkpoints:
     if not has_checkpoints(Path(workdir)):
-        raise UserError(f"--workdir={workdir}: there is no checkpoint yet; go on training first.")
+        raise UserError(f"--{flag}={workdir}: there is no checkpoint yet; go on training first.")
     return Checkpoints(Path(workdir))

@@ -109,7 +109,7 @@ def interpolate(walk: Walk, first: Array, second: Array, share: Array, keys: Arr
 # ---------------------------------------------------------------------------------------------- from part of the way
 
 
-def vary(walk: Walk, image: Array, strength: Array, keys: Array) -> Array:
+def vary(walk: Walk, image: Array, strength: Array, noise: Array, keys: Array) -> Array:
     """SDEdit, also called img2img: noise `image` f32[n,H,W,C] to the time `strength`, walk down (Meng et al. 2022).
 
     Args:
@@ -117,12 +117,12 @@ def vary(walk: Walk, image: Array, strength: Array, keys: Array) -> Array:
       image: f32[n,H,W,C] in [-1, 1].
       strength: f32[], a time in [0, 1]. 0 returns the image; at 1, or wherever the grid begins, what is left of the
         image in x is what the schedule leaves: nothing where alpha(1) = 0, and then this is plain sampling.
-      keys: key[n].
+      noise: f32[n,H,W,C], of unit variance.
+      keys: key[n], for the solver.
     """
     times, steps = begin_at(walk.times, walk.steps, strength)
-    noise = rng.normal(rng.fold(keys, 0), image.shape[1:], image.dtype)
     x = noised(walk.schedule, image, times[0], noise)
-    return solve(*walk._replace(times=times, steps=steps), x, rng.fold(keys, 1))
+    return solve(*walk._replace(times=times, steps=steps), x, keys)
 
 
 def begin_at(times: Array, steps: Array, start: Array) -> tuple[Array, Array]:
@@ -140,7 +140,7 @@ def begin_at(times: Array, steps: Array, start: Array) -> tuple[Array, Array]:
 # ---------------------------------------------------------------------------------------------- part of the pixels
 
 
-def inpaint(walk: Walk, image: Array, known: Array, keys: Array, resamplings: Array) -> Array:
+def inpaint(walk: Walk, image: Array, known: Array, noise: Array, keys: Array, resamplings: Array) -> Array:
     """Keep the known pixels of `image` and make the others.
 
     After each step the known pixels are replaced by those of the image, noised to the step's end (Song et al. 2021,
@@ -158,7 +158,8 @@ def inpaint(walk: Walk, image: Array, known: Array, keys: Array, resamplings: Ar
       walk: the way from noise to an image.
       image: f32[n,H,W,C] in [-1, 1]; only its known pixels are looked at.
       known: bool[n,H,W,1] or bool[n,H,W,C].
-      keys: key[n].
+      noise: f32[n,H,W,C], of unit variance, to begin with.
+      keys: key[n], for all that is drawn on the way.
       resamplings: i32[], how often each step is walked, 1 for plain replacement.
     """
     denoise, schedule, solver, times, steps = walk
@@ -178,7 +179,7 @@ def inpaint(walk: Walk, image: Array, known: Array, keys: Array, resamplings: Ar
 
         return jax.lax.fori_loop(0, jnp.where(s > 0.0, resamplings, 1), down, (x, carry))
 
-    x = first_stop(walk, rng.normal(rng.fold(keys, 0), shape, dtype))
+    x = first_stop(walk, noise)
     x, _ = jax.lax.fori_loop(0, steps, step, (x, solver.init(x)))
     return jnp.where(known, image, x)
 

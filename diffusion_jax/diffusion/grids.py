@@ -26,10 +26,12 @@ class Grid:
       times: (schedule, i f32[MAX_STEPS + 1] = 0, 1, 2 ..., steps f32[]) -> the time of stop i; what it says from i =
         steps on is not looked at.
       steps: the only number of steps that the grid is meant for, None for any.
+      of_noise: it asks for the schedule's log-SNR.
     """
 
     times: Callable[[Schedule, Array, Array], Array]
     steps: int | None = None
+    of_noise: bool = False
 
     def __call__(self, schedule: Schedule, steps: Array) -> Array:  # noqa: D102
         i, steps = jnp.arange(MAX_STEPS + 1, dtype=jnp.float32), jnp.asarray(steps, jnp.float32)
@@ -111,7 +113,7 @@ def karras(rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) 
         high, low = largest ** (1.0 / rho), sigma_min ** (1.0 / rho)
         return _at(schedule, -2.0 * rho * jnp.log(high + _ramp(i, steps) * (low - high)))
 
-    return Grid(times)
+    return Grid(times, of_noise=True)
 
 
 def logsnr_uniform(logsnr_min: float = -2.0 * math.log(80.0), logsnr_max: float = 2.0 * math.log(500.0)) -> Grid:
@@ -126,7 +128,7 @@ def logsnr_uniform(logsnr_min: float = -2.0 * math.log(80.0), logsnr_max: float 
         first = jnp.maximum(logsnr_min, _end(schedule))
         return _at(schedule, first + _ramp(i, steps) * (logsnr_max - first))
 
-    return Grid(times)
+    return Grid(times, of_noise=True)
 
 
 def _ramp(i: Array, steps: Array) -> Array:

@@ -20,7 +20,7 @@ from diffusion_jax import networks, plugs, rng
 from diffusion_jax.diffusion import guidance
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.editing import Walk, decode, first_stop
-from diffusion_jax.diffusion.grids import GRIDS, MAX_STEPS, Grid
+from diffusion_jax.diffusion.grids import GRIDS, MAX_STEPS
 from diffusion_jax.diffusion.likelihood import LIKELIHOODS, Likelihood
 from diffusion_jax.diffusion.objectives import OBJECTIVES, Objective
 from diffusion_jax.diffusion.prediction import PREDICTIONS, Prediction, check_pairing
@@ -30,7 +30,7 @@ from diffusion_jax.diffusion.solvers.base import Solver, trajectory
 from diffusion_jax.diffusion.thresholding import THRESHOLDS, Threshold, thresholded
 from diffusion_jax.diffusion.time_sampling import QUANTILES, TIME_SAMPLINGS, Quantiles, TimeSampling
 from diffusion_jax.diffusion.weighting import WEIGHTINGS
-from diffusion_jax.errors import UserError, require
+from diffusion_jax.errors import require
 from diffusion_jax.families.diffusion_classifier import NoisyClassifier
 from diffusion_jax.families.diffusion_edits import EDITS
 from diffusion_jax.settings import from_section
@@ -352,7 +352,9 @@ class Model:
         rule = "must be 0 for a model without family.classifier"
         require(settings.classifier == 0.0 or self.classifier, "sample.classifier", settings.classifier, rule)
         grid = plugs.build("sample.grid", settings.grid, GRIDS)
-        rule = f"the grid {settings.grid} has {grid.steps} steps"
+        rule = "asks for the log-SNR of a schedule that is known only after training; take one that is stated in t"
+        require(not (grid.of_noise and isinstance(self.schedule, Learned)), "sample.grid", settings.grid, rule)
+        rule = f"the grid {settings.grid} has {grid.steps} steps; set as many"
         require(grid.steps in (None, settings.steps), "sample.steps", settings.steps, rule)
         solver = plugs.build("sample.solver", settings.solver, SOLVERS)
         rules = plugs.build_all("sample.rules", settings.rules, guidance.GUIDANCE_RULES)
@@ -360,7 +362,7 @@ class Model:
         require(not steps_aside, "sample.rules", settings.rules, "cfg_pp is a method for the solver ddim")
         return Options(
             solver=solver,
-            times=self.times(grid, settings),
+            times=grid(self.schedule, jnp.int32(settings.steps)),
             steps=jnp.int32(settings.steps),
             guidance=jnp.float32(settings.guidance),
             rules=rules,
@@ -368,11 +370,3 @@ class Model:
             threshold=plugs.build("sample.threshold", settings.threshold, THRESHOLDS),
             temperature=jnp.float32(settings.temperature),
         )
-
-    def times(self, grid: Grid, settings: SampleSettings) -> Array:
-        """The grid's stops, f32[MAX_STEPS + 1]."""
-        try:
-            return grid(self.schedule, jnp.int32(settings.steps))
-        except AttributeError:  # of a learned schedule, which is no schedule before its parameters are bound
-            rule = "asks for the schedule's log-SNR, and family.schedule is learned; take uniform, quadratic or cosine"
-            raise UserError(f"sample.grid = {settings.grid!r}: {rule}.") from None

@@ -24,13 +24,19 @@ def _walk(model: Any, weights: Weights, inputs: Inputs, options: Tree, label: st
 def img2img(model: Any, weights: Weights, keys: Array, inputs: Inputs, options: Tree) -> Array:
     """Noise `image` to the time `strength` f32[] and walk down from there, under `label`."""
     walk = _walk(model, weights, inputs, options)
-    return jnp.clip(editing.vary(walk, inputs["image"], inputs["strength"], keys), -1.0, 1.0)
+    return jnp.clip(
+        editing.vary(walk, inputs["image"], inputs["strength"], model.noise(keys, options), rng.fold(keys, 1)),
+        -1.0,
+        1.0,
+    )
 
 
 def inpaint(model: Any, weights: Weights, keys: Array, inputs: Inputs, options: Tree) -> Array:
     """Make the pixels of `image` that are not `known` bool[n,H,W,1], under `label`, each step `resamplings` times."""
     walk = _walk(model, weights, inputs, options)
-    made = editing.inpaint(walk, inputs["image"], inputs["known"], keys, inputs["resamplings"])
+    made = editing.inpaint(
+        walk, inputs["image"], inputs["known"], model.noise(keys, options), rng.fold(keys, 1), inputs["resamplings"]
+    )
     return jnp.clip(made, -1.0, 1.0)
 
 

@@ -18,7 +18,7 @@ from scipy.optimize import brentq
 from diffusion_jax import plugs, rng
 from diffusion_jax.diffusion.grids import GRIDS
 from diffusion_jax.diffusion.schedule import SCHEDULES
-from diffusion_jax.diffusion.solvers import SOLVERS, dormand_prince
+from diffusion_jax.diffusion.solvers import SOLVERS, dormand_prince, draws_noise
 from diffusion_jax.diffusion.solvers.base import reverse, solve
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Denoised
@@ -272,6 +272,7 @@ class Promise:
       stated_for: the schedules that the paper's step is stated for.
       zigzag: the order on a grid of steps 1 : 3 : 1 : 3, where that is another.
       encoding: the order from the image to the noise, where that is another: there the start by lower orders counts.
+      framed: it steps in the straight frame, and so takes another way on every schedule.
       tolerance: how far the slopes may be off.
     """
 
@@ -281,15 +282,16 @@ class Promise:
     stated_for: tuple[str, ...] = CORE
     zigzag: int | None = None
     encoding: int | None = None
+    framed: bool = False
     tolerance: float = 0.12
 
 
 PROMISES = {
     # Song, Meng & Ermon 2021, eq. 12; order 1: Lu et al. 2022 (DPM-Solver), section 4.1: DDIM is DPM-Solver-1
     "ddim": Promise(order=1, evaluations=lambda n: n, reference=ddim),
-    "euler": Promise(order=1, evaluations=lambda n: n, reference=euler, stated_for=STRAIGHT),
+    "euler": Promise(order=1, evaluations=lambda n: n, reference=euler, stated_for=STRAIGHT, framed=True),
     # Karras et al. 2022, algorithm 1: order 2, 2 n - 1 evaluations: "NFE = 35" for their 18 steps (Table 2)
-    "heun": Promise(order=2, evaluations=lambda n: 2 * n - 1, reference=heun, stated_for=STRAIGHT),
+    "heun": Promise(order=2, evaluations=lambda n: 2 * n - 1, reference=heun, stated_for=STRAIGHT, framed=True),
     # Lu et al. 2022, theorem 3.2: order 3
     "dpm_solver_3": Promise(order=3, evaluations=lambda n: 3 * n - 2, reference=dpm_solver_3),
     # Lu et al. 2022b, theorem 5.1 and the text below it: order 2
@@ -302,14 +304,24 @@ PROMISES = {
     "unipc": Promise(order=3, evaluations=lambda n: n, reference=unipc(2), tolerance=0.2),
     "unipc(order=3)": Promise(order=4, evaluations=lambda n: n, reference=unipc(3), encoding=3, tolerance=0.2),
     # Hairer et al. 1993, III.5: as many as slopes
-    "lms(order=1)": Promise(order=1, evaluations=lambda n: n, reference=adams_bashforth(1), stated_for=STRAIGHT),
-    "lms(order=2)": Promise(order=2, evaluations=lambda n: n, reference=adams_bashforth(2), stated_for=STRAIGHT),
+    "lms(order=1)": Promise(
+        order=1, evaluations=lambda n: n, reference=adams_bashforth(1), stated_for=STRAIGHT, framed=True
+    ),
+    "lms(order=2)": Promise(
+        order=2, evaluations=lambda n: n, reference=adams_bashforth(2), stated_for=STRAIGHT, framed=True
+    ),
     "lms": Promise(
-        order=4, evaluations=lambda n: n, reference=adams_bashforth(4), stated_for=STRAIGHT, encoding=2, tolerance=0.6
+        order=4,
+        evaluations=lambda n: n,
+        reference=adams_bashforth(4),
+        stated_for=STRAIGHT,
+        framed=True,
+        encoding=2,
+        tolerance=0.6,
     ),
     # with constant weights it falls to order 1 on a zig-zag grid only
     "pndm": Promise(order=2, evaluations=lambda n: n, reference=plms, zigzag=1),
-    "rk45": Promise(evaluations=None),
+    "rk45(rtol=1e-5,atol=1e-5)": Promise(evaluations=None),
     # stochastic: their laws are looked at in test_stochastic.py
     "ddim(eta=0.5)": Promise(evaluations=lambda n: n),
     "ddim(eta=1.0)": Promise(evaluations=lambda n: n),
@@ -324,7 +336,7 @@ PROMISES = {
     "predictor_corrector(corrections=2)": Promise(evaluations=lambda n: 3 * n - 2),
 }
 
-ADAPTIVE = ("rk45",)
+ADAPTIVE = ("rk45(rtol=1e-5,atol=1e-5)",)
 FIXED = [text for text, promise in PROMISES.items() if promise.order]
 ODE = [*FIXED, *ADAPTIVE]
 SDE = [text for text in PROMISES if text not in ODE]
@@ -332,6 +344,12 @@ SDE = [text for text in PROMISES if text not in ODE]
 
 def test_every_solver_makes_its_promises():
     assert {plugs.parse("", text)[0] for text in PROMISES} == set(SOLVERS)
+
+
+@pytest.mark.parametrize("text", PROMISES)
+def test_which_solvers_can_encode(text):
+    """Those that draw no noise; `test_only_stochastic_solvers_look_at_keys` sees which do."""
+    assert draws_noise(plugs.build("solver", text, SOLVERS)) == (text in SDE)
 
 
 # ------------------------------------------------------------------------------------------ order
@@ -438,7 +456,7 @@ def test_seven_steps_as_the_paper_writes_them(text, name, x64):
         np.testing.assert_allclose(run(text, name, GAUSSIAN, times[:stop], x), expected, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("text", [t for t in FIXED if plugs.parse("", t)[0] not in ("euler", "heun", "lms")])
+@pytest.mark.parametrize("text", [t for t in FIXED if not PROMISES[t].framed])
 def test_one_grid_of_logsnr_is_one_run_whatever_the_schedule(text, x64):
     """In x / alpha these methods know log-SNR alone (Lu et al. 2022, section 3.1; Karras et al. 2022, section 2)."""
     ends = []
@@ -658,7 +676,8 @@ def test_new_steps_times_and_options_do_not_compile_again(text):
         traces.append(1)
         return solve(mixture(schedule, data), schedule, solver, times, steps, x, keys)
 
-    solver = plugs.build("solver", text, SOLVERS)
+    numbers = {"ddpm": "ddpm(variance=0.0)", "rk45": "rk45(rtol=1e-5,atol=1e-5)"}
+    solver = plugs.build("solver", numbers.get(text, text), SOLVERS)
     other = jax.tree.map(lambda leaf: leaf + 0.25, solver)
     x, results = jnp.full((2, 1, 1, 1), 0.7), []
     for steps, which, seed in ((3, solver, 0), (5, solver, 1), (5, other, 1), (8, solver, 2)):

@@ -497,7 +497,7 @@ def test_the_first_step_of_sde_dpmpp_2m_is_ddpms(x64):
 # ------------------------------------------------------------------------------------------ learned variance
 
 
-def test_a_learned_spread_takes_the_place_of_the_option_pixel_by_pixel(x64):
+def test_a_learned_spread_is_taken_pixel_by_pixel_unless_a_variance_is_given(x64):
     """Nichol & Dhariwal 2021, eq. 15: 0 is the posterior's variance, 1 is beta, between lies a geometric mean."""
     schedule = plugs.build("schedule", "vp_linear", SCHEDULES)
     t, s, spread = jnp.float64(0.5), jnp.float64(0.3), np.array([0.0, 1.0, 0.25])
@@ -512,12 +512,15 @@ def test_a_learned_spread_takes_the_place_of_the_option_pixel_by_pixel(x64):
     bar_t, bar_s = (curves("vp_linear", u)[0] ** 2 for u in (t, s))
     beta = 1.0 - bar_t / bar_s
     posterior = (1.0 - bar_s) / (1.0 - bar_t) * beta
-    learned = noise(SOLVERS["ddpm"](variance=0.7), spread)
+    learned = noise(SOLVERS["ddpm"](), spread)
     expected = np.sqrt(beta**spread * posterior ** (1.0 - spread))
     np.testing.assert_allclose(learned.std(axis=0), expected, rtol=4.0 / np.sqrt(2 * 4096))
     for pixel, value in enumerate(spread):
         fixed = noise(SOLVERS["ddpm"](variance=float(value)), None)
         np.testing.assert_allclose(learned[:, pixel], fixed[:, pixel], rtol=1e-12)
+    given = SOLVERS["ddpm"](variance=0.7)
+    np.testing.assert_array_equal(noise(given, spread), noise(given, None))
+    np.testing.assert_array_equal(noise(SOLVERS["ddpm"](), None), noise(SOLVERS["ddpm"](variance=0.0), None))
 
 
 # ------------------------------------------------------------------------------------------ options

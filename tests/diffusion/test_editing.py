@@ -50,6 +50,11 @@ def keys_of(n, seed=0):
     return rng.example_keys(jax.random.key(seed), jnp.arange(n))
 
 
+def noise_of(keys, image):
+    """What edits begin with."""
+    return rng.normal(rng.fold(keys, 99), image.shape[1:], image.dtype)
+
+
 def images(*pixels):
     return jnp.asarray(pixels).reshape(-1, 1, 2, 1)
 
@@ -184,13 +189,13 @@ def test_the_grid_begins_at_the_strength_exactly(x64):
 def test_strength_zero_and_one(name, x64):
     """0 returns the image; 1 is plain sampling to the bit, but for what the schedule leaves of the image in x."""
     walk, image, keys = walk_of(name, 10, grid="uniform"), images(0.5, 0.9, -0.6, 0.1), keys_of(2)
-    run = jax.jit(lambda strength: editing.vary(walk, image, strength, keys))
+    run = jax.jit(lambda strength: editing.vary(walk, image, strength, noise_of(keys, image), keys))
     np.testing.assert_allclose(run(0.0), image, atol=1e-12)
     np.testing.assert_allclose(run(1e-4), image, atol=0.05)
-    noise = rng.normal(rng.fold(keys, 0), (1, 2, 1), jnp.float64)
+    noise = noise_of(keys, image)
     one = walk.times[0]
     left = walk.schedule.alpha(one) * image
-    plain = jax.jit(lambda x: solve(*walk, x, rng.fold(keys, 1)))(left + walk.schedule.sigma(one) * noise)
+    plain = jax.jit(lambda x: solve(*walk, x, keys))(left + walk.schedule.sigma(one) * noise)
     np.testing.assert_allclose(run(1.0), plain, rtol=1e-9)
     if name == "rectified_flow":
         assert float(jnp.abs(left).max()) == 0.0
@@ -205,7 +210,7 @@ def test_vary_has_the_closed_form_mean_and_covariance(name, x64):
     n, pixels = 2048, np.array([0.9, 0.1])
     walk = walk_of(name, 60)
     image, keys = jnp.broadcast_to(images(*pixels), (n, 1, 2, 1)), keys_of(n)
-    run = jax.jit(lambda strength: editing.vary(walk, image, strength, keys))
+    run = jax.jit(lambda strength: editing.vary(walk, image, strength, noise_of(keys, image), keys))
     values, axes = np.linalg.eigh(COVARIANCE)
     for ratio in (0.3, 1.0, 4.0):
         t = walk.schedule.time(jnp.asarray(-2.0 * np.log(ratio)))
@@ -236,7 +241,7 @@ def inpainting(n):
     @jax.jit
     def run(solver, times, steps, resamplings):
         walk = Walk(two_pixels(schedule), schedule, solver, times, steps)
-        return editing.inpaint(walk, image, known, keys_of(n), resamplings).reshape(n, 2)
+        return editing.inpaint(walk, image, known, noise_of(keys_of(n), image), keys_of(n), resamplings).reshape(n, 2)
 
     return run
 
@@ -332,7 +337,9 @@ def test_known_pixels_are_kept_and_the_others_finite(name, solver):
     walk = walk_of(name, 5, solver, "uniform", dtype=jnp.float32)
     image = jax.random.normal(jax.random.key(3), (3, 1, 2, 1))
     known = jnp.asarray([True, False, False, True, True, True]).reshape(3, 1, 2, 1)
-    run = jax.jit(lambda image: editing.inpaint(walk, image, known, keys_of(3), jnp.int32(2)))
+    run = jax.jit(
+        lambda image: editing.inpaint(walk, image, known, noise_of(keys_of(3), image), keys_of(3), jnp.int32(2))
+    )
     got = run(image)
     np.testing.assert_array_equal(got[known], image[known])
     assert np.all(np.isfinite(got))
@@ -351,7 +358,9 @@ def test_strengths_resamplings_steps_and_seeds_do_not_compile_again():
     def run(times, steps, strength, resamplings, keys):
         traces.append(1)
         of = walk._replace(times=times, steps=steps)
-        return editing.vary(of, image, strength, keys), editing.inpaint(of, image, known, keys, resamplings)
+        return editing.vary(of, image, strength, noise_of(keys, image), keys), editing.inpaint(
+            of, image, known, noise_of(keys, image), keys, resamplings
+        )
 
     results = []
     for steps, strength, resamplings, seed in (
@@ -376,7 +385,9 @@ def test_an_image_depends_on_its_own_row_and_key():
 
     @jax.jit
     def run(image, keys):
-        return editing.vary(walk, image, 0.6, keys), editing.inpaint(walk, image, known, keys, 2)
+        return editing.vary(walk, image, 0.6, noise_of(keys, image), keys), editing.inpaint(
+            walk, image, known, noise_of(keys, image), keys, 2
+        )
 
     keys, image = keys_of(3), images(0.5, 0.9, -0.6, 0.1, 0.5, 0.9)
     whole = run(image, keys)

@@ -1,5 +1,6 @@
 """DDPM's ancestral sampling (Ho et al. 2020, algorithm 2), for any schedule."""
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -23,13 +24,14 @@ class DDPM:
 
         noise = sqrt(1 - r) sigma_s^(1-v) sigma_t^v.
 
-    Where the model has learned its variance, `Denoised.spread` takes v's place, pixel by pixel. v = 0 is DDIM, eta = 1.
+    v = 0 is DDIM with eta = 1. Left out (not a number), v is what the model has learned, `Denoised.spread`, pixel by
+    pixel, and 0 where it has learned none.
     """
 
-    variance: float = 0.0
+    variance: float = math.nan
 
     def __post_init__(self) -> None:
-        if isinstance(self.variance, float) and not 0.0 <= self.variance <= 1.0:
+        if isinstance(self.variance, float) and not (math.isnan(self.variance) or 0.0 <= self.variance <= 1.0):
             raise ValueError(f"variance must lie in [0, 1], not {self.variance}")
 
     def init(self, x: Array) -> tuple:  # noqa: D102
@@ -42,6 +44,6 @@ class DDPM:
         sigma_t, sigma_s = over(schedule.sigma(t), x), over(schedule.sigma(s), x)
         _, r = forward_kernel(schedule, s, t)
         mean = over(schedule.alpha(s), x) * d.x0 + over(jnp.sqrt(r), x) * sigma_s * d.eps
-        v = self.variance if d.spread is None else d.spread
+        v = jnp.where(jnp.isnan(self.variance), 0.0 if d.spread is None else d.spread, self.variance).astype(x.dtype)
         noise = jnp.where(s > 0.0, over(jnp.sqrt(1.0 - r), x) * sigma_s ** (1.0 - v) * sigma_t**v, 0.0)
         return mean + noise * rng.normal(keys, x.shape[1:], x.dtype), carry

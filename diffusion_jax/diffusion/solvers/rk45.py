@@ -21,8 +21,8 @@ class RK45:
     to `first_time` and straight from there. Song et al. 2021 (section 4.3) sample so, with both tolerances at 1e-5.
     """
 
-    rtol: float = 1e-5
-    atol: float = 1e-5
+    rtol: float = 1e-3
+    atol: float = 1e-3
 
     def __post_init__(self) -> None:
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
