@@ -24,7 +24,7 @@ from diffusion_jax.diffusion.grids import GRIDS, MAX_STEPS
 from diffusion_jax.diffusion.likelihood import LIKELIHOODS, Likelihood
 from diffusion_jax.diffusion.objectives import OBJECTIVES, Objective
 from diffusion_jax.diffusion.prediction import PREDICTIONS, Prediction, check_pairing
-from diffusion_jax.diffusion.schedule import SCHEDULES, Learned, Schedule
+from diffusion_jax.diffusion.schedule import SCHEDULES, Learned, Schedule, logsnr
 from diffusion_jax.diffusion.solvers import DDIM, SOLVERS
 from diffusion_jax.diffusion.solvers.base import Solver, trajectory
 from diffusion_jax.diffusion.thresholding import THRESHOLDS, Threshold, thresholded
@@ -126,6 +126,7 @@ class Options:
 
     solver: Solver
     times: Array  # f32[MAX_STEPS + 1], from the grid
+    of_noise: Array  # bool[]: the times stand for log-SNRs
     steps: Array  # i32[]
     guidance: Array  # f32[]
     rules: tuple[guidance.Rule, ...]
@@ -165,13 +166,14 @@ def build(settings: FamilySettings, spec: ImageSpec, precision: str) -> Family:
     if isinstance(schedule, Learned) or plugs.parse("family.objective", settings.objective)[0] == "learned_variance":
         rule = "a learned schedule or variance needs uniform"
         require(settings.time_sampling == "uniform", "family.time_sampling", settings.time_sampling, rule)
-    known = schedule.bind(schedule.init(jax.random.key(0))) if isinstance(schedule, Learned) else schedule
-    check_pairing("family.prediction", predicting(known), f"{settings.prediction} with {settings.schedule}")
-    channels = objective(predicting(known)).channels(spec.channels)
+    begun = schedule.bind(schedule.init(jax.random.key(0))) if isinstance(schedule, Learned) else schedule
+    check_pairing("family.prediction", predicting(begun), f"{settings.prediction} with {settings.schedule}")
+    channels = objective(predicting(begun)).channels(spec.channels)
     return Model(
         spec=spec,
         network=networks.build("family.network", settings.network, spec, precision, channels),
         schedule=schedule,
+        begun=begun,
         predicting=predicting,
         objective=objective,
         time_sampling=time_sampling,
@@ -190,11 +192,15 @@ def _classifier(text: str, spec: ImageSpec, precision: str) -> NoisyClassifier:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The parts, put together. `null` = num_classes is the label that stands for no label."""
+    """The parts, put together. `null` = num_classes is the label that stands for no label.
+
+    `begun` is the schedule, or one that a learned schedule may begin as.
+    """
 
     spec: ImageSpec
     network: networks.Network
     schedule: Schedule | Learned
+    begun: Schedule
     predicting: Callable[[Schedule], Prediction]
     objective: Callable[[Prediction], Objective]
     time_sampling: TimeSampling
@@ -328,7 +334,14 @@ class Model:
     def walk(self, weights: Weights, condition: Condition, options: Options) -> Walk:
         """The way from noise to an image under `condition`."""
         denoiser, schedule = self.denoiser(weights, condition, options), self.prediction(weights).schedule
-        return Walk(denoiser, schedule, options.solver, options.times, options.steps)
+        return Walk(denoiser, schedule, options.solver, self.times(schedule, options), options.steps)
+
+    def times(self, schedule: Schedule, options: Options) -> Array:
+        """The grid's stops; where it is one of log-SNRs, they were looked up on `begun`, and now are on `schedule`."""
+        if not isinstance(self.schedule, Learned):
+            return options.times
+        again = schedule.time(logsnr(self.begun, options.times))
+        return jnp.where(options.of_noise & (options.times > 0.0), again, options.times)
 
     def noise(self, keys: Array, options: Options) -> Array:
         """The noise f32[n,H,W,C], of unit variance at temperature 1, that images of keys key[n] begin as."""
@@ -352,8 +365,6 @@ class Model:
         rule = "must be 0 for a model without family.classifier"
         require(settings.classifier == 0.0 or self.classifier, "sample.classifier", settings.classifier, rule)
         grid = plugs.build("sample.grid", settings.grid, GRIDS)
-        rule = "asks for the log-SNR of a schedule that is known only after training; take one that is stated in t"
-        require(not (grid.of_noise and isinstance(self.schedule, Learned)), "sample.grid", settings.grid, rule)
         rule = f"the grid {settings.grid} has {grid.steps} steps; set as many"
         require(grid.steps in (None, settings.steps), "sample.steps", settings.steps, rule)
         solver = plugs.build("sample.solver", settings.solver, SOLVERS)
@@ -362,7 +373,8 @@ class Model:
         require(not steps_aside, "sample.rules", settings.rules, "cfg_pp is a method for the solver ddim")
         return Options(
             solver=solver,
-            times=grid(self.schedule, jnp.int32(settings.steps)),
+            times=grid(self.begun, jnp.int32(settings.steps)),
+            of_noise=jnp.bool_(grid.of_noise),
             steps=jnp.int32(settings.steps),
             guidance=jnp.float32(settings.guidance),
             rules=rules,

@@ -12,7 +12,7 @@ import pytest
 
 from diffusion_jax import families, rng, tree
 from diffusion_jax.diffusion.prediction import PREDICTIONS
-from diffusion_jax.diffusion.schedule import SCHEDULES
+from diffusion_jax.diffusion.schedule import SCHEDULES, logsnr
 from diffusion_jax.errors import UserError
 from diffusion_jax.families import FAMILIES
 from diffusion_jax.settings import TrainSettings
@@ -263,7 +263,6 @@ def test_null_label_is_what_guidance_zero_shows():
         ("diffusion", {"solver": "ddim(eta=2.0)"}, "eta"),
         ("diffusion", {"grid": "karas"}, "did you mean 'karras'"),
         ("diffusion", {"grid": "custom(times=(1.0,0.5))", "steps": 3}, "sample.steps = 3.*2 steps"),
-        ("diffusion-learned", {"grid": "karras"}, "sample.grid = 'karras'"),
         ("diffusion", {"rules": "cfg_pp", "solver": "heun"}, "sample.rules = 'cfg_pp'.*ddim"),
         ("diffusion", {"rules": "interval(low=2.0,high=1.0)"}, "low <= high"),
         ("diffusion", {"classifier": 1.0}, "sample.classifier = 1.0"),
@@ -288,6 +287,24 @@ def test_guidance_without_hidden_labels_is_refused():
 def test_unknown_families_and_fields_are_refused(section):
     with pytest.raises(UserError, match=r"family.*(diffusion|netwrk)"):
         families.build(section, LABELLED, "float32")
+
+
+@pytest.mark.parametrize("grid", ["karras", "logsnr_uniform"])
+def test_a_learned_schedule_is_walked_in_its_own_log_snr(grid):
+    """Whatever was learned, the stops have the grid's log-SNRs; a grid of times keeps its times."""
+    it = family("diffusion-learned")
+    params, _ = weights("diffusion-learned")
+    model = it.edits["img2img"].args[0]
+    schedule = model.prediction(params).schedule
+    options = it.sampling({"grid": grid, "steps": 6})
+    stops = model.times(schedule, options)
+    np.testing.assert_allclose(
+        logsnr(schedule, stops[:6]), logsnr(model.begun, options.times[:6]), rtol=1e-3, atol=1e-2
+    )
+    assert np.abs(np.asarray(stops - options.times)[1:6]).max() > 1e-3
+    assert not np.any(stops[6:])
+    plain = it.sampling({"grid": "cosine", "steps": 6})
+    np.testing.assert_array_equal(model.times(schedule, plain), plain.times)
 
 
 @pytest.mark.parametrize(
