@@ -16,3 +16,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def own_cache(tmp_path_factory):
     """No test reads or writes the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp().parent / "cache")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Thousands of compiled programs take gigabytes: those of a module go with it."""
+    yield
+    jax.clear_caches()
