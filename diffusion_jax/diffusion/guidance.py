@@ -10,6 +10,7 @@ gradient, which needs no second model, stands at the end. All results are denois
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -91,7 +92,7 @@ class Point(NamedTuple):
     other: Denoised
 
 
-class Rule:
+class Rule(ABC):
     """A change to what has been guided so far. A rule is a pytree: its float options are leaves."""
 
     def alone(self, before: Array, ratio: Array) -> Array:
@@ -103,9 +104,9 @@ class Rule:
         """
         return before
 
+    @abstractmethod
     def __call__(self, point: Point, guided: Denoised) -> Denoised:
         """A new result from what is `guided` so far."""
-        raise NotImplementedError
 
 
 def guide(pair: Pair, schedule: Schedule, weight: Array, rules: Sequence[Rule] = ()) -> Denoiser:

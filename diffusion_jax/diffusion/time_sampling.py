@@ -101,34 +101,32 @@ def stratified(key: Array, index: Array) -> Array:
     return jnp.mod(jax.random.uniform(key) + jnp.mod(index.astype(jnp.float32) * GOLDEN, 1.0), 1.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Independent:
-    """Each quantile on its own."""
+class _WithoutHistory:
+    """Quantiles that nothing which was seen changes."""
 
-    def init(self) -> Tree:  # noqa: D102
+    def init(self) -> Tree:
         return ()
+
+    def update(self, history: Tree, u: Array, losses: Array) -> Tree:
+        return history
+
+
+@dataclass(frozen=True, kw_only=True)
+class Independent(_WithoutHistory):
+    """Each quantile on its own."""
 
     def draw(self, history: Tree, key: Array, index: Array) -> tuple[Array, Array]:  # noqa: D102
         u = independent(key, index)
         return u, jnp.ones_like(u)
 
-    def update(self, history: Tree, u: Array, losses: Array) -> Tree:  # noqa: D102
-        return history
-
 
 @dataclass(frozen=True, kw_only=True)
-class Stratified:
+class Stratified(_WithoutHistory):
     """The quantiles of a batch spread evenly."""
-
-    def init(self) -> Tree:  # noqa: D102
-        return ()
 
     def draw(self, history: Tree, key: Array, index: Array) -> tuple[Array, Array]:  # noqa: D102
         u = stratified(key, index)
         return u, jnp.ones_like(u)
-
-    def update(self, history: Tree, u: Array, losses: Array) -> Tree:  # noqa: D102
-        return history
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_jax.cli.config import base
 from diffusion_jax.cli.run import plain
-from diffusion_jax.cli.workdir import check_config
+from diffusion_jax.cli.workdir import check_config, completed, differences, saved_config
 from diffusion_jax.errors import UserError
 
 
@@ -27,6 +27,8 @@ def begun(config, tmp_path):
 
 def test_a_field_that_is_new_contradicts_nothing_at_its_default(begun, config):
     check_config(begun, config, override=False)
+    assert differences(saved_config(begun), config) == ["family.weighting is 'simple', was None"]
+    assert differences(completed(saved_config(begun)), config) == []
 
 
 @pytest.mark.parametrize("change", [{"weighting": "snr"}, {"network": "unet"}])

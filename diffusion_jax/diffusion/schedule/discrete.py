@@ -6,6 +6,7 @@ well, but a schedule may end in alpha = 0.)
 """
 
 import functools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import jax
@@ -15,12 +16,12 @@ import numpy as np
 from diffusion_jax.types import Array
 
 
-class Discrete:
+class Discrete(ABC):
     """What the schedules of this file share; each of them states `alphas`."""
 
+    @abstractmethod
     def alphas(self) -> np.ndarray:
         """(alpha_1, ..., alpha_T), f64[T], falling from below 1 to 0 or more."""
-        raise NotImplementedError
 
     @functools.cached_property
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
