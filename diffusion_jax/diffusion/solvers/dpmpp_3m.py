@@ -20,50 +20,40 @@ from diffusion_jax.diffusion.solvers.memory import Memory, behind, beyond_first,
 from diffusion_jax.types import Array, Denoiser
 
 
-def _along_parabola(
-    denoise: Denoiser, schedule: Schedule, x: Array, t: Array, s: Array, memory: Memory, kept: tuple[float, ...]
-) -> tuple[Array, Memory]:
-    """The step above, of whose moments M_0, M_1, M_2 the parts `kept` are used."""
-    h = log_step(schedule, t, s)
-    d = denoise(x, t)
-    moments = exponential_moments(h, 3)
-    parts = jnp.asarray(kept, moments.dtype)
-    added = beyond_first((d.x0, *memory.values), behind(memory.steps), memory.steps, parts * moments)
-    return ddim(schedule, d, s) + over(schedule.alpha(s), x) * added, memory.push(d.x0, h)
+class _AlongParabola:
+    """The step above, of whose moments M_0, M_1, M_2 the parts `kept` are used; one evaluation.
+
+    DDIM's step first, then along a straight line, then along the parabola; DDIM's again from alpha = 0 or to sigma = 0.
+    """
+
+    kept = (1.0, 1.0, 1.0)
+
+    def init(self, x: Array) -> Memory:
+        return empty(x, 2)
+
+    def step(
+        self, denoise: Denoiser, schedule: Schedule, x: Array, t: Array, s: Array, carry: Memory, keys: Array
+    ) -> tuple[Array, Memory]:
+        h = log_step(schedule, t, s)
+        d = denoise(x, t)
+        moments = exponential_moments(h, 3)
+        parts = jnp.asarray(self.kept, moments.dtype)
+        added = beyond_first((d.x0, *carry.values), behind(carry.steps), carry.steps, parts * moments)
+        return ddim(schedule, d, s) + over(schedule.alpha(s), x) * added, carry.push(d.x0, h)
 
 
 @pytree
 @dataclass(frozen=True, kw_only=True)
-class DPMpp3M:
-    """The published step: one evaluation, of order 2. Use `exponential_3m` for order 3.
+class DPMpp3M(_AlongParabola):
+    """The published step, of order 2. Use `exponential_3m` for order 3.
 
     Its second step goes along the line through both x0; the authors' code takes 2M's there, which halves the slope.
-
-    DDIM's step first, then along a straight line, then along the parabola; DDIM's again from alpha = 0 or to sigma = 0.
     """
 
-    def init(self, x: Array) -> Memory:  # noqa: D102
-        return empty(x, 2)
-
-    def step(  # noqa: D102
-        self, denoise: Denoiser, schedule: Schedule, x: Array, t: Array, s: Array, carry: Memory, keys: Array
-    ) -> tuple[Array, Memory]:
-        return _along_parabola(denoise, schedule, x, t, s, carry, (1.0, 1.0, 0.5))
+    kept = (1.0, 1.0, 0.5)
 
 
 @pytree
 @dataclass(frozen=True, kw_only=True)
-class Exponential3M:
-    """The mended step: one evaluation, of order 3 (Hochbruck & Ostermann 2010, section 2.5: exponential Adams).
-
-    DDIM's step first, then along a straight line, then along the parabola; DDIM's again from alpha = 0 or to sigma = 0.
-    In the noise such a start does not count, but an encoding starts in the image, and is of order 2.
-    """
-
-    def init(self, x: Array) -> Memory:  # noqa: D102
-        return empty(x, 2)
-
-    def step(  # noqa: D102
-        self, denoise: Denoiser, schedule: Schedule, x: Array, t: Array, s: Array, carry: Memory, keys: Array
-    ) -> tuple[Array, Memory]:
-        return _along_parabola(denoise, schedule, x, t, s, carry, (1.0, 1.0, 1.0))
+class Exponential3M(_AlongParabola):
+    """The mended step, of order 3 (Hochbruck & Ostermann 2010, section 2.5: exponential Adams)."""
