@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_jax import plugs
 from diffusion_jax.errors import require
-from diffusion_jax.networks import classifier, dit, unet
+from diffusion_jax.networks import classifier, dit, presets, unet
 from diffusion_jax.types import Array, ImageSpec, Tree
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -22,10 +22,20 @@ class Network:
       init: key -> parameters, float32.
       apply: (params, x f32[B,H,W,C], time f32[B] or f32[1], label i32[B] or None, keys key[B] or None)
         -> f32[B,H,W,channels_out]. `label` = num_classes stands for "no label"; `keys` switch dropout on.
+        A network with augmentation conditioning also takes `augment` f32[B,augment], zeros where None.
+      fixed: how many numbers of fixed tables a published count of parameters includes.
+      augment: width of the augmentation's label; 0 for a network that takes none.
+      log_variance: (params, time f32[B]) -> f32[B], the head that learns how uncertain the loss at a time is; None
+        where there is none.
+      project: parameters -> parameters, applied after each update; None where updates stand as they are.
     """
 
     init: Callable[[Array], Tree]
     apply: Callable[..., Array]
+    fixed: int = 0
+    augment: int = 0
+    log_variance: Callable[[Tree, Array], Array] | None = None
+    project: Callable[[Tree], Tree] | None = None
 
 
 BACKBONES = {
@@ -42,7 +52,7 @@ def build(
 
     Args:
       field: the config field, for error messages.
-      text: such as `"dit(width=128,depth=6)"`.
+      text: such as `"dit(width=128,depth=6)"` or `"dit-s/2"`.
       spec: size, channels and classes of the images.
       precision: "float32" or "bfloat16", the arithmetic's; parameters are float32.
       channels_out: of the prediction; the image's own where None.
@@ -50,9 +60,11 @@ def build(
     Raises:
       UserError: for an unknown name or option, or sizes that do not fit `spec`.
     """
-    name, _ = plugs.parse(field, text)
-    options = plugs.build(field, text, {key: row[0] for key, row in BACKBONES.items()})
-    _, module, misfit = BACKBONES[name]
+    name, given = presets.expand(field, text)
+    known = {**BACKBONES, **presets.PRESETS}
+    require(name in BACKBONES, field, text, f"there is no {name!r}; {plugs.suggest(name, known)}")
+    options_of, module, misfit = BACKBONES[name]
+    options = plugs.call(field, options_of, given, label=name)
     problem = misfit(options, spec.size)
     require(not problem, field, text, problem)
     model = module(options, channels_out or spec.channels, spec.num_classes, DTYPES[precision])
