@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from diffusion_jax.cli.run import Model
     from diffusion_jax.types import Tree, Weights
 
-CHANGES = ("solver", "grid", "steps", "guidance", "rules", "classifier", "threshold", "temperature")
+CHANGES = (
+    "solver",
+    "grid",
+    "steps",
+    "guidance",
+    "rules",
+    "autoguidance",
+    "autoguidance_rules",
+    "classifier",
+    "threshold",
+    "temperature",
+)
 """Flags that change the field of that name in the config's `sample` section."""
 
 
@@ -33,6 +44,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("steps", None, "of the solver; the config's where left out", flag_values=values)
     flags.DEFINE_float("guidance", None, "guidance weight; the config's where left out", flag_values=values)
     string("rules", "of guidance, such as 'interval(high=5.0)+rescaled'; the config's where left out")
+    flags.DEFINE_float("autoguidance", None, "weight against the model of --weak_workdir", flag_values=values)
+    string("autoguidance_rules", "of autoguidance, as --rules")
     flags.DEFINE_float("classifier", None, "weight of the classifier's gradient", flag_values=values)
     string("threshold", "such as static or 'dynamic(quantile=0.99)'; the config's where left out")
     flags.DEFINE_float(
@@ -40,7 +53,7 @@ def define(values: flags.FlagValues) -> None:
     )
     string("ema", "averaging profile, none, or 'posthoc(std=0.1)'; the config's where left out")
     flags.DEFINE_integer("step", None, "of the checkpoint; the newest where left out", flag_values=values)
-    string("weak_workdir", "the run of a worse model, for autoguidance by --guidance; its config's averaging profile")
+    string("weak_workdir", "the run of a worse model, for --autoguidance; its config's averaging profile")
     flags.DEFINE_integer(
         "weak_step", None, "of the worse model's checkpoint; the newest where left out", flag_values=values
     )
@@ -99,8 +112,8 @@ def prepare(values: flags.FlagValues, **defaults: Any) -> Drawer:
     changed = {name: values[name].value for name in CHANGES if values[name].value is not None}
     section = {**model.settings.sampling, **defaults, **changed}
     options = model.family.sampling(section)
-    rule = "is not asked where sample.guidance is 1; give --guidance=2 or another weight"
-    require(not weak or section.get("guidance") != 1.0, "--weak_workdir", values.weak_workdir, rule)
+    rule = "is not asked where sample.autoguidance is 1; give --autoguidance=2 or another weight"
+    require(not weak or section.get("autoguidance", 1.0) != 1.0, "--weak_workdir", values.weak_workdir, rule)
     profile = values.ema or model.settings.sample.ema
     weights, step = load_weights(model, values.workdir, profile, values.step)
     about = {"workdir": str(values.workdir), "step": step, "seed": values.seed, "ema": profile, "sample": section}

@@ -41,7 +41,6 @@ from diffusion_jax.types import (
     Condition,
     Context,
     Denoised,
-    Denoiser,
     Family,
     ImageSpec,
     Player,
@@ -96,6 +95,8 @@ class SampleSettings:
       steps: of the solver, at most `grids.MAX_STEPS`.
       guidance: weight of the conditional model against the other; 1 is the conditional one alone, 0 the other.
       rules: from `diffusion.guidance.GUIDANCE_RULES`, joined by "+"; they change what `guidance` does.
+      autoguidance: weight of the model, as `guidance` made it, against a worse one, which a command names; 1 for none.
+      autoguidance_rules: the same rules, of what `autoguidance` does.
       classifier: weight of the gradient of `family.classifier`; 0 for none.
       threshold: from `diffusion.thresholding.THRESHOLDS`, what keeps x0 in range at every step.
       temperature: standard deviation of the noise at the start, over the schedule's own; a little above 1 gives back
@@ -107,13 +108,15 @@ class SampleSettings:
     steps: int = 20
     guidance: float = 1.0
     rules: str = ""
+    autoguidance: float = 1.0
+    autoguidance_rules: str = ""
     classifier: float = 0.0
     threshold: str = "static"
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
         require(1 <= self.steps <= MAX_STEPS, "sample.steps", self.steps, f"must lie in [1, {MAX_STEPS}]")
-        for name in ("guidance", "classifier"):
+        for name in ("guidance", "autoguidance", "classifier"):
             weight = getattr(self, name)
             require(0.0 <= weight < jnp.inf, f"sample.{name}", weight, "must be a number from 0 on")
         require(0.0 < self.temperature < jnp.inf, "sample.temperature", self.temperature, "must be positive")
@@ -130,6 +133,8 @@ class Options:
     steps: Array  # i32[]
     guidance: Array  # f32[]
     rules: tuple[guidance.Rule, ...]
+    autoguidance: Array  # f32[]
+    autoguidance_rules: tuple[guidance.Rule, ...]
     classifier: Array  # f32[]
     threshold: Threshold
     temperature: Array  # f32[]
@@ -303,22 +308,21 @@ class Model:
         y = self.predict(weights["denoiser"], prediction, x, t, label)
         return self.objective(prediction).denoised(x, y, t)
 
-    def denoiser(self, weights: Weights, condition: Condition, options: Options) -> Denoiser:
-        """The model under its labels, guided and kept in range."""
+    def denoiser(self, weights: Weights, condition: Condition, options: Options) -> guidance.Guided:
+        """The model, guided away from itself without labels, then from a worse one, and kept in range."""
         schedule, label = self.prediction(weights).schedule, condition.get("label")
-        plain = lambda x, t: self.denoise(weights, x, t, label)
-        guided = plain
-        if self.weak:
-            pair = guidance.strong_and_weak(plain, lambda x, t: self.weak(weights["weak"], x, t, label))
-            guided = guidance.guide(pair, schedule, options.guidance, options.rules)
-        elif label is not None:
+        guided = guidance.as_guided(lambda x, t: self.denoise(weights, x, t, label))
+        if label is not None:
             by_label = lambda x, t, label: self.denoise(weights, x, t, label)
             pair = guidance.with_and_without_label(by_label, label, self.spec.num_classes)
             guided = guidance.guide(pair, schedule, options.guidance, options.rules)
+        if self.weak:
+            pair = guidance.strong_and_weak(guided, lambda x, t: self.weak(weights["weak"], x, t, label))
+            guided = guidance.guide(pair, schedule, options.autoguidance, options.autoguidance_rules)
         if self.classifier:
-            params, prediction = weights["classifier"], self.prediction(weights)
-            guided = self.classifier.guide(guided, params, prediction, label, options.classifier)
-        return thresholded(guided, schedule, options.threshold)
+            follow = partial(self.classifier.guide, weights["classifier"], self.prediction(weights), label)
+            guided = guided.then(partial(follow, options.classifier))
+        return guided.then(lambda denoise: thresholded(denoise, schedule, options.threshold))
 
     def generate(self, weights: Weights, keys: Array, condition: Condition, options: Options) -> Array:
         """Images f32[n,H,W,C] in [-1,1], one for each of keys key[n]: solve from noise down to t = 0."""
@@ -334,7 +338,8 @@ class Model:
     def walk(self, weights: Weights, condition: Condition, options: Options) -> Walk:
         """The way from noise to an image under `condition`."""
         denoiser, schedule = self.denoiser(weights, condition, options), self.prediction(weights).schedule
-        return Walk(denoiser, schedule, options.solver, self.times(schedule, options), options.steps)
+        solver = guidance.carried(options.solver, denoiser, jnp.zeros((1, *self.spec.shape)))
+        return Walk(denoiser, schedule, solver, self.times(schedule, options), options.steps)
 
     def times(self, schedule: Schedule, options: Options) -> Array:
         """The grid's stops; where it is one of log-SNRs, they were looked up on `begun`, and now are on `schedule`."""
@@ -357,28 +362,39 @@ class Model:
     def sampling(self, section: Mapping[str, Any]) -> Options:
         """Check the config's `sample` section and make it options of `generate`."""
         settings = from_section(SampleSettings, section, "sample")
-        pairs = self.weak or (self.spec.num_classes and self.label_dropout)
-        rule = "must be 1 for a model without labels or label_dropout"
-        require(settings.guidance == 1.0 or pairs, "sample.guidance", settings.guidance, rule)
-        rule = "must be empty for a model without labels or label_dropout"
-        require(not settings.rules or pairs, "sample.rules", settings.rules, rule)
+        rules = self.rules(settings)
         rule = "must be 0 for a model without family.classifier"
         require(settings.classifier == 0.0 or self.classifier, "sample.classifier", settings.classifier, rule)
         grid = plugs.build("sample.grid", settings.grid, GRIDS)
         rule = f"the grid {settings.grid} has {grid.steps} steps; set as many"
         require(grid.steps in (None, settings.steps), "sample.steps", settings.steps, rule)
         solver = plugs.build("sample.solver", settings.solver, SOLVERS)
-        rules = plugs.build_all("sample.rules", settings.rules, guidance.GUIDANCE_RULES)
-        steps_aside = any(isinstance(rule, guidance.CFGPlusPlus) for rule in rules) and not isinstance(solver, DDIM)
-        require(not steps_aside, "sample.rules", settings.rules, "cfg_pp is a method for the solver ddim")
+        for name, chosen in rules.items():
+            fine = isinstance(solver, DDIM) or not any(isinstance(rule, guidance.CFGPlusPlus) for rule in chosen)
+            require(fine, f"sample.{name}", getattr(settings, name), "cfg_pp is a method for the solver ddim")
         return Options(
             solver=solver,
             times=grid(self.begun, jnp.int32(settings.steps)),
             of_noise=jnp.bool_(grid.of_noise),
             steps=jnp.int32(settings.steps),
             guidance=jnp.float32(settings.guidance),
-            rules=rules,
+            rules=rules["rules"],
+            autoguidance=jnp.float32(settings.autoguidance),
+            autoguidance_rules=rules["autoguidance_rules"],
             classifier=jnp.float32(settings.classifier),
             threshold=plugs.build("sample.threshold", settings.threshold, THRESHOLDS),
             temperature=jnp.float32(settings.temperature),
         )
+
+    def rules(self, settings: SampleSettings) -> dict[str, tuple[guidance.Rule, ...]]:
+        """The rules of both guidances by field; each guidance needs its second model."""
+        built = {}
+        for name, field, second, lack in (
+            ("guidance", "rules", self.spec.num_classes and self.label_dropout, "without labels or label_dropout"),
+            ("autoguidance", "autoguidance_rules", self.weak, "without a worse one beside it (--weak_workdir)"),
+        ):
+            weight, text = getattr(settings, name), getattr(settings, field)
+            require(weight == 1.0 or bool(second), f"sample.{name}", weight, f"must be 1 for a model {lack}")
+            require(not text or bool(second), f"sample.{field}", text, f"must be empty for a model {lack}")
+            built[field] = plugs.build_all(f"sample.{field}", text, guidance.GUIDANCE_RULES)
+        return built

@@ -45,7 +45,7 @@ class NoisyClassifier:
         x = over(schedule.alpha(t), image) * image + over(schedule.sigma(t), image) * eps
         return -self.log_probability(params, prediction, x, t, label, dropout=rng.fold(keys, 2))
 
-    def guide(self, denoise: Denoiser, params: Tree, prediction: Prediction, label: Array, weight: Array) -> Denoiser:
+    def guide(self, params: Tree, prediction: Prediction, label: Array, weight: Array, denoise: Denoiser) -> Denoiser:
         """`denoise`, pushed along the gradient; the classifier is not asked where the weight f32[] is 0."""
         log_probability = lambda x, t: self.log_probability(params, prediction, x, t, label)
         pushed = guidance.by_classifier(denoise, prediction.schedule, log_probability, weight)

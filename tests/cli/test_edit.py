@@ -155,8 +155,10 @@ def test_likelihood_of_held_out_images(workdir, tmp_path, capsys):
 def test_autoguidance_away_from_an_earlier_checkpoint(workdir, tmp_path):
     plain = run("sample", workdir, tmp_path, "--num_samples=10")["images"]
     weak = [f"--weak_workdir={workdir}", "--weak_step=10"]
-    pushed = run("sample", workdir, tmp_path, "--num_samples=10", *weak, "--guidance=2.0")["images"]
+    pushed = run("sample", workdir, tmp_path, "--num_samples=10", *weak, "--autoguidance=2.0")["images"]
     assert (pushed != plain).any()
+    both = run("sample", workdir, tmp_path, "--num_samples=10", *weak, "--autoguidance=2.0", "--guidance=3.0")["images"]
+    assert (both != pushed).any()
 
 
 @pytest.mark.parametrize(

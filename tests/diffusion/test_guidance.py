@@ -1,6 +1,7 @@
 """Guidance: identities to the bit, the papers' statements in NumPy, and closed forms for Gaussians."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from diffusion_jax.diffusion.guidance import (
     GUIDANCE_RULES,
     Rule,
     by_classifier,
+    carried,
     guide,
     strong_and_weak,
     with_and_without_label,
@@ -232,6 +234,19 @@ def test_autoguidance_of_gaussians(x64):
     np.testing.assert_allclose(gain * sigma, s * (s / S) ** (weight - 1), rtol=2e-3)
 
 
+def test_guidances_stack(x64):
+    """Away from the unlabelled model with weight w, then from a worse one with weight v: gains multiply as weights add.
+
+    v w of the conditional's, v (1 - w) of the unlabelled one's and 1 - v of the worse one's.
+    """
+    schedule, s, S, bad, w, v = SCHEDULES["rectified_flow"](), 0.3, 0.8, 0.5, 1.5, 2.0
+    by_label = guided(schedule, jnp.int32([0, 0]), jnp.float64(w))
+    stacked = guide(strong_and_weak(by_label, of(schedule, 0.4, bad)), schedule, jnp.float64(v))
+    gain, _, alpha, sigma = gain_and_mean(schedule, stacked)
+    share = lambda std: std / np.hypot(alpha * std, sigma)
+    np.testing.assert_allclose(gain, share(s) ** (v * w) * share(S) ** (v * (1 - w)) * share(bad) ** (1 - v), rtol=1e-3)
+
+
 # ------------------------------------------------------------------------------------------ rules
 
 
@@ -351,6 +366,65 @@ def test_apg_of_black_images_and_equal_models_is_finite():
         assert np.all(np.isfinite(np.asarray(d[:2])))
 
 
+@pytest.mark.parametrize("momentum", [-0.75, 0.5])
+def test_apg_with_momentum_as_the_paper_writes_it(momentum, x64):
+    """Sadat et al. 2024, algorithm 1, over 6 DDIM steps in NumPy: the difference is summed up before all else."""
+    schedule, times = SCHEDULES["rectified_flow"](), np.linspace(0.95, 0.05, 7)
+    start, weight, eta, norm = np.random.default_rng(0).normal(size=(3, 4, 4, 2)), 3.0, 0.3, 2.0
+    inner = lambda a, b: np.sum(a * b, axis=(1, 2, 3), keepdims=True)
+
+    def step(x, t, s, total):
+        c, o = (np.asarray(of(schedule, m, std)(x, jnp.float64(t)).x0) for m, std in ((0.4, 0.3), (0.0, 0.8)))
+        total = c - o + momentum * total
+        short = total * np.minimum(1.0, norm / np.sqrt(inner(total, total)))
+        parallel = inner(short, c) / inner(c, c) * c
+        x0 = c + (weight - 1.0) * (short - parallel + eta * parallel)
+        return (1.0 - s) * x0 + s * (x - (1.0 - t) * x0) / t, total
+
+    expected, total = start, np.zeros_like(start)
+    for t, s in itertools.pairwise(times):
+        expected, total = step(expected, t, s, total)
+
+    def run(text, solver="ddim"):
+        pair = strong_and_weak(of(schedule, 0.4, 0.3), of(schedule, 0.0, 0.8))
+        denoise = guide(pair, schedule, jnp.float64(weight), rules_of(text))
+        keys, x = jax.random.split(jax.random.key(0), 3), jnp.asarray(start)
+        remembering = carried(SOLVERS[solver](), denoise, x)
+        return solve(denoise, schedule, remembering, jnp.asarray(times), jnp.int32(6), x, keys)
+
+    with_momentum = f"apg(eta={eta},norm={norm},momentum={momentum})"
+    np.testing.assert_allclose(run(with_momentum), expected, rtol=1e-9, atol=1e-12)
+    assert not np.allclose(run(f"apg(eta={eta},norm={norm})"), expected, rtol=1e-3)
+    assert not np.allclose(run(with_momentum, "heun"), run(f"apg(eta={eta},norm={norm})", "heun"), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("solver", "per_step"), [("ddim", 1), ("heun", 2), ("dpmpp_2m", 1), ("unipc", 1)])
+def test_memory_costs_no_evaluation(solver, per_step):
+    """Where a solver asks first where its step begins, the answer is the one that the memory was renewed with."""
+    schedule, asked = SCHEDULES["cosine"](), []
+
+    def model(x, t):
+        asked.append(1)
+        return Denoised(0.5 * x, x)
+
+    def step(x):
+        denoise = guide(strong_and_weak(model, model), schedule, jnp.float32(2.0), rules_of("apg(momentum=-0.5)"))
+        remembering = carried(SOLVERS[solver](), denoise, x)
+        keys = jax.random.split(jax.random.key(0), 2)
+        times = jnp.float32([0.8, 0.5])
+        return remembering.step(denoise, schedule, x, *times, remembering.init(x), keys)[0]
+
+    with jax.disable_jit():
+        step(jnp.ones((2, 2, 2, 1)))
+    assert len(asked) == 2 * per_step
+
+
+def test_without_a_memory_the_solver_is_the_plain_one():
+    pair, solver = strong_and_weak(lambda x, t: Denoised(x, x), lambda x, t: Denoised(x, x)), SOLVERS["heun"]()
+    denoise = guide(pair, SCHEDULES["cosine"](), jnp.float32(2.0), rules_of("interval", "rescaled"))
+    assert carried(solver, denoise, jnp.ones((1, 2, 2, 1))) is solver
+
+
 def curve(schedule, t):
     return float(schedule.alpha(t)), float(schedule.sigma(t))
 
@@ -389,6 +463,7 @@ def test_cfg_pp_as_the_paper_writes_it(schedule, weight, x64):
         ("interval(low=-1.0)", "0 <= low"),
         ("rescaled(phi=1.5)", "phi must lie"),
         ("apg(norm=0.0)", "norm must be positive"),
+        ("apg(momentum=-1.0)", "momentum must lie"),
         ("intervall", "did you mean 'interval'"),
         ("rescaled(psi=0.5)", "phi"),
     ],
