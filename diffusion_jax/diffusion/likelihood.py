@@ -146,14 +146,13 @@ def _time_at(frame: Straight, tau: Array) -> Array:
 
 
 def _value_and_trace(f: Callable[[Array], Array], z: Array, probes: Array) -> tuple[Array, Array]:
-    """f(z) f[n,H,W,C] and, by forward derivatives, the mean over the probes of v^T (df/dz) v, f[n]."""
+    """f(z) f[n,H,W,C] and the mean over the probes of v^T (df/dz) v, f[n].
 
-    def along(v: Array) -> tuple[Array, Array]:
-        value, change = jax.jvp(f, (z,), (v,))
-        return value, jnp.sum(v * change, axis=(1, 2, 3))
-
-    values, traces = jax.vmap(along)(probes)  # the values are all the same
-    return values[0], jnp.mean(traces, axis=0)
+    By backward derivatives, which every kernel of attention has; f is evaluated once for all probes.
+    """
+    value, pull = jax.vjp(f, z)
+    traces = jax.vmap(lambda v: jnp.sum(v * pull(v)[0], axis=(1, 2, 3)))(probes)
+    return value, jnp.mean(traces, axis=0)
 
 
 # ------------------------------------------------------------------------------------------ the variational bound

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
 from diffusion_jax import rng
@@ -50,5 +51,6 @@ class EDMStochastic:
         higher = jnp.where(churned & (higher > t), higher, t)  # t to the bit where nothing is added
         a, r = forward_kernel(schedule, t, higher)
         noise = self.s_noise * schedule.sigma(higher) * jnp.sqrt(1.0 - r)
-        x = over(a, x) * x + over(noise, x) * rng.normal(keys, x.shape[1:], x.dtype)
+        add = lambda x: over(a, x) * x + over(noise, x) * rng.normal(keys, x.shape[1:], x.dtype)
+        x = jax.lax.cond(higher > t, add, lambda x: x, x)
         return Heun().step(denoise, schedule, x, higher, s, carry, keys)
