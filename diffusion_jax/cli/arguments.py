@@ -1,6 +1,7 @@
 """Flags: absl's and ml_collections', with every failure made one sentence."""
 
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def describe(command: str, about: str, define: Define) -> str:
     for name in sorted(values):
         flag = values[name]
         default = "" if flag.default in (None, "") else f" (default: {flag.default})"
-        rows.append(f"  --{name}\n      {flag.help}{default}")
+        rows += [f"  --{name}", textwrap.indent(textwrap.fill(flag.help + default, 100), 6 * " ")]
     return f"usage: diffusion-jax {command} [--flag=value ...]\n\n{about.strip()}\n\n" + "\n".join(rows)
 
 

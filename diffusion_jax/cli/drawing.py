@@ -32,6 +32,17 @@ CHANGES = (
 )
 """Flags that change the field of that name in the config's `sample` section."""
 
+ROWS = {
+    "solver": (
+        "ddim, ddpm, dpm_solver_3, dpmpp_2m, dpmpp_2s, dpmpp_3m, edm, euler, euler_ancestral, euler_maruyama, "
+        "exponential_3m, flow_sde, heun, lms, pndm, predictor_corrector, rk45, sde_dpmpp_2m, unipc"
+    ),
+    "grid": "cosine, custom, discrete, karras, logsnr_uniform, quadratic, shifted, uniform",
+    "rules": "apg, cfg_pp, interval, rescaled",
+    "threshold": "dynamic, none, static",
+}
+"""Flag -> the rows of its table, for --help, which does not wait for jax; a test compares them with the tables."""
+
 
 def define(values: flags.FlagValues) -> None:
     """The flags."""
@@ -39,15 +50,17 @@ def define(values: flags.FlagValues) -> None:
     string("workdir", "the directory of a trained run")
     string("out", "the file to write, FILE.npz or FILE.png")
     flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
-    string("solver", "such as heun or 'ddim(eta=1.0)'; the config's where left out")
-    string("grid", "such as uniform or 'custom(times=(1.0,0.5))'; the config's where left out")
-    flags.DEFINE_integer("steps", None, "of the solver; the config's where left out", flag_values=values)
+    string("solver", f"such as heun or 'ddim(eta=1.0)'; the config's where left out. Rows: {ROWS['solver']}")
+    string("grid", f"such as uniform or 'custom(times=(1.0,0.5))'; the config's where left out. Rows: {ROWS['grid']}")
+    flags.DEFINE_integer(
+        "steps", None, "of the solver; those of a custom --grid, or the config's, where left out", flag_values=values
+    )
     flags.DEFINE_float("guidance", None, "guidance weight; the config's where left out", flag_values=values)
-    string("rules", "of guidance, such as 'interval(high=5.0)+rescaled'; the config's where left out")
+    string("rules", f"of guidance, such as 'interval+rescaled'; the config's where left out. Rows: {ROWS['rules']}")
     flags.DEFINE_float("autoguidance", None, "weight against the model of --weak_workdir", flag_values=values)
     string("autoguidance_rules", "of autoguidance, as --rules")
     flags.DEFINE_float("classifier", None, "weight of the classifier's gradient", flag_values=values)
-    string("threshold", "such as static or 'dynamic(quantile=0.99)'; the config's where left out")
+    string("threshold", f"such as 'dynamic(quantile=0.99)'; the config's where left out. Rows: {ROWS['threshold']}")
     flags.DEFINE_float(
         "temperature", None, "of the noise at the start; the config's where left out", flag_values=values
     )
@@ -110,7 +123,7 @@ def prepare(values: flags.FlagValues, **defaults: Any) -> Drawer:
     if weak:
         model = replace(model, family=weak[0])
     changed = {name: values[name].value for name in CHANGES if values[name].value is not None}
-    section = {**model.settings.sampling, **defaults, **changed}
+    section = {**model.settings.sampling, **defaults, **steps_of(values.grid), **changed}
     options = model.family.sampling(section)
     rule = "is not asked where sample.autoguidance is 1; give --autoguidance=2 or another weight"
     require(not weak or section.get("autoguidance", 1.0) != 1.0, "--weak_workdir", values.weak_workdir, rule)
@@ -127,6 +140,15 @@ def prepare(values: flags.FlagValues, **defaults: Any) -> Drawer:
         batch_size=values.batch_size or model.settings.sample.batch_size,
         about=about | {"config": model.config},
     )
+
+
+def steps_of(grid: str | None) -> dict[str, int]:
+    """The number of steps that a grid from the command line brings along, such as `custom`, as a field of `sample`."""
+    from diffusion_jax import plugs
+    from diffusion_jax.diffusion.grids import GRIDS
+
+    steps = plugs.build("sample.grid", grid, GRIDS).steps if grid else None
+    return {} if steps is None else {"steps": steps}
 
 
 def weaken(values: flags.FlagValues, model: "Model") -> tuple[Any, "Weights", int]:

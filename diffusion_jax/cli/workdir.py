@@ -117,7 +117,10 @@ def load_weights(model: Model, workdir: str, profile: str, step: int | None, pre
     if not afterwards:
         return load(step, profile), step
     std = plugs.build("--ema", profile, {"posthoc": Power}).std
-    stored = posthoc.snapshots(steps, averaging_rules(model.settings.train), step)
+    try:
+        stored = posthoc.snapshots(steps, averaging_rules(model.settings.train), step)
+    except UserError as error:
+        raise UserError(f"--ema={profile}: {error}") from None
     return posthoc.combine(stored, std, step, load), step
 
 

@@ -26,11 +26,13 @@ class Grid:
       times: (schedule, i f32[MAX_STEPS + 1] = 0, 1, 2 ..., steps f32[]) -> the time of stop i; what it says from i =
         steps on is not looked at.
       steps: the only number of steps that the grid is meant for, None for any.
+      most: the largest number of steps that it is meant for.
       of_noise: it asks for the schedule's log-SNR.
     """
 
     times: Callable[[Schedule, Array, Array], Array]
     steps: int | None = None
+    most: int = MAX_STEPS
     of_noise: bool = False
 
     def __call__(self, schedule: Schedule, steps: Array) -> Array:  # noqa: D102
@@ -71,6 +73,9 @@ def discrete(spacing: str = "trailing", of: int = MAX_STEPS) -> Grid:
         leading:   k_i = (n - 1 - i) floor(T / n)
         trailing:  k_i = round(T - i T / n) - 1
         linspace:  k_i = round((n - 1 - i) (T - 1) / (n - 1)), and k_0 = 0 for a single step
+
+    A process of T steps has no more than T to stop at: for a larger n, which a user should be refused (`Grid.most`),
+    it is `uniform`.
     """
     steps_of = {
         "leading": lambda i, n: (n - 1.0 - i) * jnp.floor(of / n),
@@ -79,9 +84,13 @@ def discrete(spacing: str = "trailing", of: int = MAX_STEPS) -> Grid:
     }
     if spacing not in steps_of:
         raise ValueError(f"spacing must be one of {', '.join(steps_of)}, not {spacing!r}")
-    if of < MAX_STEPS:
-        raise ValueError(f"of must be {MAX_STEPS}, the largest number of steps, or more, not {of}")
-    return Grid(lambda schedule, i, n: (steps_of[spacing](i, n) + 1.0) / of)
+    if of < 1:
+        raise ValueError(f"of must be positive, not {of}")
+
+    def times(schedule: Schedule, i: Array, n: Array) -> Array:
+        return jnp.where(n <= of, (steps_of[spacing](i, n) + 1.0) / of, 1.0 - i / n)
+
+    return Grid(times, most=min(of, MAX_STEPS))
 
 
 def custom(times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)) -> Grid:

@@ -35,6 +35,7 @@ class Logbook:
         _drop_after(self.file, start)
         self.events = SummaryWriter(str(workdir), purge_step=start + 1 if start else None)
         self.step, self.time = start, time.perf_counter()
+        self.compiled = False
         self.bar = _bar(start, total) if sys.stdout.isatty() and sys.stderr.isatty() else None
 
     def __enter__(self) -> "Logbook":
@@ -61,8 +62,11 @@ class Logbook:
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step, speed=speed)
         else:
+            # the first line's steps waited for the compilation, which says nothing of those to come
             left = datetime.timedelta(seconds=round((self.total - step) / rate))
-            print(f"step {step}/{self.total}  {speed}  {left} left", file=sys.stderr, flush=True)
+            ending = f"  {left} left" if self.compiled else ""
+            print(f"step {step}/{self.total}  {speed}{ending}", file=sys.stderr, flush=True)
+        self.compiled = True
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics for the files alone; a value that is not finite is null in JSON."""

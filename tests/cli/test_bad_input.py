@@ -1,10 +1,17 @@
 """Bad input ends with one sentence that names it, status 2, before anything is compiled or written."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
 from diffusion_jax.cli.main import COMMANDS, main
+from diffusion_jax.diffusion.grids import GRIDS
+from diffusion_jax.diffusion.guidance import GUIDANCE_RULES
+from diffusion_jax.diffusion.solvers import SOLVERS
+from diffusion_jax.diffusion.thresholding import THRESHOLDS
 
 CONFIG = "--config=configs/digits.py:diffusion"
 
@@ -123,6 +130,19 @@ def test_help_lists_the_flags(capsys, command):
     text = capsys.readouterr().out
     assert f"diffusion-jax {command}" in text
     assert "--workdir" in text or "--config" in text
+
+
+@pytest.mark.parametrize("command", ["sample", "edit"])
+def test_help_names_the_rows_of_each_table(capsys, command):
+    """As the tables have them, in their own flag's paragraph; and without waiting for jax."""
+    tables = {"solver": SOLVERS, "grid": GRIDS, "rules": GUIDANCE_RULES, "threshold": THRESHOLDS}
+    assert main([command, "--help"]) == 0
+    _, *paragraphs = capsys.readouterr().out.split("\n  --")
+    about = dict(re.split(r"\s+", paragraph, maxsplit=1) for paragraph in paragraphs)
+    for flag, table in tables.items():
+        assert re.split(r",\s+", about[flag].split("Rows: ")[1].strip()) == sorted(table)
+    quick = "import sys; import diffusion_jax.cli.main as m; m.main(sys.argv[1:]); assert 'jax' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", quick, command, "--help"], check=False).returncode == 0
 
 
 def test_help_lists_the_commands(capsys):

@@ -125,6 +125,21 @@ def test_flags_of_sample_reach_the_sampler(workdir, tmp_path):
         assert picture.size == (10 * 9 * 6, 2 * 9 * 6)  # a line of one pixel between images
 
 
+def test_a_custom_grid_brings_its_number_of_steps(workdir, tmp_path, capsys):
+    """Four stops are four steps, where the config has three; a --steps that differs is refused."""
+    file = sample(workdir, tmp_path, "--num_samples=2", "--grid=custom(times=(1.0,0.7,0.4,0.2))", "--trajectory")
+    assert file["trajectory"].shape[1] == 5
+    assert json.loads(str(file["about"]))["sample"]["steps"] == 4
+    flags = ["--grid=custom(times=(1.0,0.7,0.4,0.2))", "--steps=7"]
+    assert main(["sample", f"--workdir={workdir}", f"--out={tmp_path / 'x.npz'}", *flags]) == 2
+    assert "sample.steps = 7: the grid custom(times=(1.0,0.7,0.4,0.2)) has 4 steps" in capsys.readouterr().err
+
+
+def test_an_average_that_no_profile_allows_is_refused_by_its_flag(workdir, tmp_path, capsys):
+    assert main(["sample", f"--workdir={workdir}", f"--out={tmp_path / 'x.npz'}", "--ema=posthoc(std=0.1)"]) == 2
+    assert "--ema=posthoc(std=0.1): train.ema = 'main'" in capsys.readouterr().err
+
+
 def test_evaluate_judges_a_run_and_a_file(workdir, tmp_path, capsys):
     assert main(["evaluate", f"--workdir={workdir}", "--json", f"--out={tmp_path / 'e.json'}"]) == 0
     printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])

@@ -11,10 +11,10 @@ from scipy.optimize import brentq
 
 from diffusion_jax import plugs, rng
 from diffusion_jax.diffusion.broadcast import over
-from diffusion_jax.diffusion.schedule import SCHEDULES
 from diffusion_jax.diffusion.solvers import SOLVERS
 from diffusion_jax.diffusion.solvers.base import solve
 from diffusion_jax.types import Denoised
+from tests import schedules
 
 
 def mixture(schedule, data):
@@ -38,15 +38,16 @@ def mixture(schedule, data):
 
 GAUSSIAN = ((0.4, 0.4), (0.5, 0.5), (0.5, 0.5))
 TWO = ((-0.7, 0.6), (0.3, 0.2), (0.4, 0.6))
+FINITE = ((-0.7, 0.6), (0.0, 0.0), (0.4, 0.6))
 POINT = ((0.37, 0.37), (0.0, 0.0), (0.5, 0.5))
 
 
-ROWS = {name: plugs.build("schedule", name, SCHEDULES) for name in SCHEDULES}
+ROWS = {name: schedules.build(name) for name in schedules.EVERY}
 
 
 @dataclass(frozen=True)
 class Picked:
-    """The row of `SCHEDULES` at a place that is traced: a program that is compiled once serves every schedule."""
+    """The row of `ROWS` at a place that is traced: a program that is compiled once serves every schedule."""
 
     place: jax.Array
 
@@ -74,24 +75,28 @@ def place(name):
 
 
 @functools.cache
-def program():
+def program(ideal):
     """(solver, place, data, times, steps, x, keys) -> x at the end, compiled once for each kind of solver."""
 
     def sample(solver, place, data, times, steps, x, keys):
         schedule = Picked(place)
-        return solve(mixture(schedule, data), schedule, solver, times, steps, x, keys)
+        return solve(ideal(schedule, data), schedule, solver, times, steps, x, keys)
 
     return jax.jit(sample)
 
 
 def run(text, name, data, times, x, key=0):
     """From x [n] at times[0] to the x [n] at times[-1], in float64."""
+    return _run(text, name, mixture, data, times, np.reshape(x, (-1, 1, 1, 1)), key).reshape(-1)
+
+
+def _run(text, name, ideal, data, times, x, key=0):
     solver = plugs.build("solver", text, SOLVERS)
     padded = jnp.zeros(1001).at[: len(times)].set(jnp.asarray(times))
     data = tuple(jnp.asarray(a, jnp.float64) for a in data)
     keys = rng.example_keys(jax.random.key(key), jnp.arange(len(x)))
-    x = jnp.asarray(x, jnp.float64).reshape(-1, 1, 1, 1)
-    return np.asarray(program()(solver, place(name), data, padded, jnp.int32(len(times) - 1), x, keys)).reshape(-1)
+    x, steps = jnp.asarray(x, jnp.float64), jnp.int32(len(times) - 1)
+    return np.asarray(program(ideal)(solver, place(name), data, padded, steps, x, keys))
 
 
 def curves(name, t):
@@ -100,11 +105,18 @@ def curves(name, t):
     return np.asarray(schedule.alpha(t)), np.asarray(schedule.sigma(t))
 
 
+@functools.cache
+def time_of(name):
+    """The schedule's `time`, compiled once: a learned one bisects."""
+    return jax.jit(ROWS[name].time)
+
+
 def logsnr_grid(name, steps, high=60.0, low=0.02, zigzag=False):
     """Times between sigma / alpha = high and low: equal steps of log-SNR, or steps of 1 and 3 in turn."""
-    width = np.where(np.arange(steps) % 2, 3.0, 1.0) if zigzag else np.ones(steps)
-    u = np.concatenate([[0.0], np.cumsum(width)]) / width.sum()
-    return np.asarray(ROWS[name].time(jnp.asarray(-2.0 * (np.log(high) + u * np.log(low / high)))))
+    width = np.where(np.arange(1000) % 2, 3.0, 1.0) if zigzag else np.ones(1000)
+    u = np.concatenate([[0.0], np.cumsum(width)]) / width[:steps].sum()
+    times = time_of(name)(jnp.asarray(-2.0 * (np.log(high) + np.minimum(u, 1.0) * np.log(low / high))))
+    return np.asarray(times)[: steps + 1]
 
 
 def cdf(x, alpha, sigma, data):
@@ -135,6 +147,9 @@ def between(name, t, s, data):
     return x, transported(x, name, t, s, data)
 
 
+COUNTS = (64, 128, 256, 512)
+
+
 def errors(text, name, data, counts, zigzag=False, encode=False):
     """Mean distance from the exact flow after each of `counts` steps in log-SNR, in float64.
 
@@ -149,7 +164,53 @@ def errors(text, name, data, counts, zigzag=False, encode=False):
     return total / 3
 
 
-def order(text, name, data, counts=(64, 128, 256, 512), **options):
+def order(text, name, data, counts=COUNTS, **options):
     """(the slope of -log(error) over log(steps), the errors)."""
     found = errors(text, name, data, counts, **options)
-    return -np.polyfit(np.log(counts), np.log(found), 1)[0], found
+    return slope(counts, found), found
+
+
+def slope(counts, errors):
+    """Of -log(error) over log(steps)."""
+    return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+
+
+# ------------------------------------------------------------------------------------------ correlated pixels
+
+
+ANGLE, VARIANCES = 0.6, (1.0, 0.04)
+PIXELS = (np.array([[np.cos(ANGLE), -np.sin(ANGLE)], [np.sin(ANGLE), np.cos(ANGLE)]]), np.array(VARIANCES))
+"""N(0, C) over two pixels: C's eigenvectors, in columns, and its eigenvalues."""
+
+
+def correlated(schedule, data):
+    """The ideal denoiser of `PIXELS`: along an eigenvector x0 = alpha c x / (alpha^2 c + sigma^2)."""
+    turn, variances = data
+
+    def denoise(x, t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        along = x.reshape(-1, 2) @ turn / (alpha**2 * variances + sigma**2)[None]
+        back = lambda y: (y @ turn.T).reshape(x.shape)
+        return Denoised(back(alpha * variances[None] * along), back(sigma * along))
+
+    return denoise
+
+
+def carried(x, name, t, s):
+    """Where the exact flow takes x [n,1,2,1] of `PIXELS`: C_s^1/2 C_t^-1/2 x, where C_t = alpha^2 C + sigma^2."""
+    turn, variances = PIXELS
+    (a, b), (c, d) = curves(name, t), curves(name, s)
+    ratio = np.sqrt((c**2 * variances + d**2) / (a**2 * variances + b**2))
+    return ((x.reshape(-1, 2) @ turn) * ratio @ turn.T).reshape(x.shape)
+
+
+def order_on_pixels(text, name, counts=COUNTS, high=60.0):
+    """As `order`, of `PIXELS`, from two vectors of the law's size at sigma / alpha = `high`."""
+    found = np.zeros(len(counts))
+    for low in (1.0, 0.2, 0.02):
+        for i, count in enumerate(counts):
+            times = logsnr_grid(name, count, high=high, low=low)
+            x = curves(name, times[0])[1] * np.array([[1.0, -0.7], [0.3, 1.2]]).reshape(2, 1, 2, 1)
+            end = _run(text, name, correlated, PIXELS, times, x)
+            found[i] += np.abs(end - carried(x, name, times[0], times[-1])).mean()
+    return slope(counts, found), found

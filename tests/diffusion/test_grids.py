@@ -7,17 +7,17 @@ import pytest
 
 from diffusion_jax import plugs
 from diffusion_jax.diffusion.grids import GRIDS, MAX_STEPS
-from diffusion_jax.diffusion.schedule import SCHEDULES
 from diffusion_jax.errors import UserError
+from tests import schedules
 
 
 def times(grid, schedule, steps):
-    schedule = plugs.build("schedule", schedule, SCHEDULES)
+    schedule = schedules.build(schedule)
     return np.asarray(plugs.build("grid", grid, GRIDS)(schedule, jnp.int32(steps)))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.EVERY)
 @pytest.mark.parametrize("steps", [1, 2, 18, MAX_STEPS])
 def test_falls_to_zero_at_the_last_step_and_stays(grid, schedule, steps):
     t = times(grid, schedule, steps)
@@ -41,12 +41,12 @@ def ratios(text, schedule, steps):
     """sigma / alpha at the stops above 0, in float64, and at t = 1."""
     t = times(text, schedule, steps).astype(np.float64)[:steps]
     with jax.enable_x64(True):
-        bound, t = plugs.build("schedule", schedule, SCHEDULES), jnp.asarray(np.append(t, 1.0))
+        bound, t = schedules.build(schedule), jnp.asarray(np.append(t, 1.0))
         ratio = np.asarray(bound.sigma(t) / bound.alpha(t))
     return ratio[:-1], ratio[-1]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.EVERY)
 @pytest.mark.parametrize(("text", "rho", "low", "high"), [
     ("karras", 7.0, 0.002, 80.0),
     ("karras(rho=3.0,sigma_min=0.01,sigma_max=50.0)", 3.0, 0.01, 50.0),
@@ -60,7 +60,7 @@ def test_karras_is_a_statement_about_noise_over_signal(schedule, text, rho, low,
     np.testing.assert_allclose(ratio, expected, rtol=1e-3)  # t is float32: near 1 that is what a cosine's angle can say
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.EVERY)
 @pytest.mark.parametrize(("text", "low", "high"), [
     ("logsnr_uniform", -2.0 * np.log(80.0), -2.0 * np.log(0.002)),
     ("logsnr_uniform(logsnr_min=-4.0,logsnr_max=9.0)", -4.0, 9.0),
@@ -80,7 +80,7 @@ def test_less_noise_than_the_grid_asks_for_is_taken_as_it_is(grid, name):
     assert t[1] < 0.99
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.EVERY)
 @pytest.mark.parametrize("steps", [1, 7, 100])
 def test_uniform(schedule, steps):
     np.testing.assert_allclose(
@@ -106,24 +106,35 @@ def test_cosine(steps):
 def test_shifted_grid_on_the_flow_is_the_uniform_grid_on_the_shifted_flow(shift):
     """Esser et al. 2024, eq. 23: at equal sigma a shift may be the schedule's or the grid's."""
     t = times(f"shifted(shift={shift})", "rectified_flow", 20)[:21]
-    schedule = plugs.build("schedule", f"resolution_shifted(of='rectified_flow',shift={shift})", SCHEDULES)
+    schedule = schedules.build(f"resolution_shifted(of='rectified_flow',shift={shift})")
     np.testing.assert_allclose(t, schedule.sigma(jnp.asarray(np.linspace(1.0, 0.0, 21, dtype=np.float32))), atol=1e-6)
 
 
-def spaced(spacing, n):
-    """Lin et al. 2023, Table 2, as NumPy has it; 1000 steps, counted from 0."""
+def spaced(spacing, n, of):
+    """Lin et al. 2023, Table 2, as NumPy has it; steps counted from 0."""
     return {
-        "leading": lambda: (np.arange(n) * (1000 // n))[::-1],
-        "trailing": lambda: np.round(np.arange(1000, 0, -1000 / n)) - 1,
-        "linspace": lambda: np.round(np.linspace(0, 999, n))[::-1],
+        "leading": lambda: (np.arange(n) * (of // n))[::-1],
+        "trailing": lambda: np.round(np.arange(of, 0, -of / n)) - 1,
+        "linspace": lambda: np.round(np.linspace(0, of - 1, n))[::-1],
     }[spacing]()
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [1, 2, 7, 10, 18, 30, 50, 999, 1000])
-def test_discrete_spacings(spacing, steps):
-    t = times(f"discrete(spacing='{spacing}')", "scaled_linear", steps)[:steps]
-    np.testing.assert_allclose(1000.0 * t.astype(np.float64) - 1.0, spaced(spacing, steps), atol=1e-3)
+@pytest.mark.parametrize(
+    ("of", "steps"),
+    [*((1000, n) for n in (1, 2, 7, 10, 18, 30, 50, 999, 1000)), (100, 30), (100, 100), (250, 99), (4000, 1000)],
+)
+def test_discrete_spacings(spacing, of, steps):
+    """On the discrete schedule of as many steps, and down to 0: every one of them where there are as many."""
+    t = times(f"discrete(spacing='{spacing}',of={of})", f"ddpm_linear(steps={of})", steps)
+    np.testing.assert_allclose(of * t[:steps].astype(np.float64) - 1.0, spaced(spacing, steps, of), atol=1e-3)
+    assert not np.any(t[steps:])
+
+
+def test_a_discrete_process_has_no_more_stops_than_steps():
+    assert {of: plugs.build("grid", f"discrete(of={of})", GRIDS).most for of in (100, 4000)} == {100: 100, 4000: 1000}
+    t = times("discrete(of=100)", "cosine", 400)
+    np.testing.assert_allclose(t[:401], np.linspace(1.0, 0.0, 401), atol=1e-6)
 
 
 def test_published_discrete_spacings():
@@ -154,7 +165,7 @@ def test_number_of_steps_is_traced(grid):
     @jax.jit
     def make(steps):
         traces.append(1)
-        return plugs.build("grid", grid, GRIDS)(plugs.build("schedule", "cosine", SCHEDULES), steps)
+        return plugs.build("grid", grid, GRIDS)(schedules.build("cosine"), steps)
 
     for steps in (3, 50):
         np.testing.assert_allclose(make(jnp.int32(steps)), times(grid, "cosine", steps), atol=1e-6)
@@ -171,7 +182,7 @@ def test_number_of_steps_is_traced(grid):
         "logsnr_uniform(logsnr_min=20.0)",
         "shifted(shift=0.0)",
         "discrete(spacing='quadratic')",
-        "discrete(of=100)",
+        "discrete(of=0)",
         "custom(times=())",
         "custom(times=(1.0,1.0))",
         "custom(times=(0.3,0.7))",

@@ -11,10 +11,10 @@ from scipy import stats
 from diffusion_jax import plugs, rng
 from diffusion_jax.diffusion.objectives.denoising import Denoising
 from diffusion_jax.diffusion.prediction import PREDICTIONS, check_pairing
-from diffusion_jax.diffusion.schedule import SCHEDULES
 from diffusion_jax.diffusion.time_sampling import TIME_SAMPLINGS
 from diffusion_jax.diffusion.weighting import WEIGHTINGS
 from diffusion_jax.errors import UserError
+from tests import schedules
 
 MEAN, STD, COUNT, SIDE = 0.3, 0.6, 8192, 4
 
@@ -40,7 +40,7 @@ def published_floor(name, schedule, t):
 
 
 def _pairings():
-    for schedule in SCHEDULES:
+    for schedule in schedules.EVERY:
         for name in PREDICTIONS:
             try:
                 check_pairing("prediction", build(name, schedule), "")
@@ -50,7 +50,7 @@ def _pairings():
 
 
 def build(prediction, schedule):
-    return PREDICTIONS[prediction](schedule=plugs.build("schedule", schedule, SCHEDULES))
+    return PREDICTIONS[prediction](schedule=schedules.build(schedule))
 
 
 PAIRINGS = list(_pairings())

@@ -7,14 +7,15 @@ import pytest
 
 from diffusion_jax import plugs
 from diffusion_jax.diffusion.prediction import PREDICTIONS, check_pairing
-from diffusion_jax.diffusion.schedule import SCHEDULES, first_time
+from diffusion_jax.diffusion.schedule import first_time
 from diffusion_jax.errors import UserError
+from tests import schedules
 
-PAIRINGS = [(p, s) for p in PREDICTIONS for s in SCHEDULES]
+PAIRINGS = [(p, s) for p in PREDICTIONS for s in schedules.EVERY]
 
 
 def build(prediction, schedule):
-    return plugs.build("prediction", prediction, PREDICTIONS, schedule=plugs.build("schedule", schedule, SCHEDULES))
+    return plugs.build("prediction", prediction, PREDICTIONS, schedule=schedules.build(schedule))
 
 
 def allowed(prediction, schedule):
@@ -93,7 +94,7 @@ def test_one_time_serves_all_examples(name, schedule):
     np.testing.assert_allclose(one[1], each[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.EVERY)
 def test_definitions(schedule, x64):
     """eps, x0, score and v = alpha eps - sigma x0 (Salimans & Ho 2022, appendix D), as the papers write them."""
     t = jnp.linspace(0.01, 1.0, 20)
@@ -106,7 +107,7 @@ def test_definitions(schedule, x64):
     np.testing.assert_allclose(of("v"), alpha * eps - sigma * x0, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.EVERY)
 def test_score_is_the_gradient_of_the_log_density(schedule, x64):
     """Of N(alpha x0, sigma^2), by automatic differentiation of the density (Song et al. 2021, eq. 7)."""
     prediction, t = build("score", schedule), jnp.float64(0.3)
@@ -116,7 +117,7 @@ def test_score_is_the_gradient_of_the_log_density(schedule, x64):
     np.testing.assert_allclose(prediction.target(x0, eps, t), slope, rtol=1e-7)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.EVERY)
 def test_velocity_is_the_derivative_of_the_path(schedule, x64):
     prediction, t, h = build("velocity", schedule), (jnp.arange(10.0, 990.0, 20.0) + 0.37) / 1000, 1e-6
     x0, eps = images(4, len(t))  # at times between the steps of discrete schedules, where those have corners
@@ -153,13 +154,11 @@ def test_edm_preconditioning_as_printed(sigma, x64):
     np.testing.assert_allclose(edm_coefficients(sigma), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.EVERY)
 def test_edm_target_has_unit_variance_on_any_schedule(schedule, x64):
     """The two requirements of Karras et al. 2022, appendix B.6: the network's input and target have variance 1."""
     data = 0.7
-    prediction = plugs.build(
-        "prediction", f"edm(sigma_data={data})", PREDICTIONS, schedule=plugs.build("schedule", schedule, SCHEDULES)
-    )
+    prediction = plugs.build("prediction", f"edm(sigma_data={data})", PREDICTIONS, schedule=schedules.build(schedule))
     t = jnp.linspace(0.01, 1.0, 20)
     one, zero = jnp.ones((20, 1, 1, 1)), jnp.zeros((20, 1, 1, 1))
     a, b = prediction.target(one, zero, t).ravel(), prediction.target(zero, one, t).ravel()

@@ -10,8 +10,9 @@ from scipy.special import expit
 from diffusion_jax import plugs
 from diffusion_jax.diffusion.schedule import SCHEDULES, first_time, logsnr, with_derivatives
 from diffusion_jax.errors import UserError
+from tests.schedules import EVERY, build
 
-VARIANCE_PRESERVING = [name for name in SCHEDULES if name not in ("ve", "edm", "rectified_flow", "resolution_shifted")]
+VARIANCE_PRESERVING = [name for name in EVERY if name not in ("ve", "edm", "rectified_flow", "resolution_shifted")]
 OPTIONS = [
     "shifted(of='vp_linear(beta_max=10.0)',logsnr=-2.0)",
     "shifted(of='edm',logsnr=1.0)",
@@ -20,13 +21,12 @@ OPTIONS = [
     "zero_terminal_snr(of='cosine_discrete')",
     "sigmoid(start=0.0,end=3.0,tau=0.3)",
     "sigmoid(tau=0.7)",
-    "ddpm_linear(steps=40,beta_max=0.4)",
+    "ddpm_linear(steps=40,beta_max=0.016)",
+    "scaled_linear(steps=100)",
+    "cosine_discrete(steps=4000)",
+    "zero_terminal_snr(of='ddpm_linear(steps=250)')",
 ]
-TEXTS = [*SCHEDULES, *OPTIONS]
-
-
-def build(text):
-    return plugs.build("schedule", text, SCHEDULES)
+TEXTS = [*EVERY, *OPTIONS]
 
 
 # ------------------------------------------------------------------------------------------ closed forms
@@ -94,15 +94,15 @@ def running_product(betas):
     return np.array(bars)
 
 
-def cosine_bars():
+def cosine_bars(steps=1000):
     """Nichol & Dhariwal 2021, eq. 17, and beta clipped at 0.999."""
-    f = lambda k: np.cos((k / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
-    return running_product([min(1.0 - f(k) / f(k - 1), 0.999) for k in range(1, 1001)])
+    f = lambda k: np.cos((k / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return running_product([min(1.0 - f(k) / f(k - 1), 0.999) for k in range(1, steps + 1)])
 
 
-def rescaled_bars():
+def stretched(bars):
     """Lin et al. 2023, algorithm 1: the square roots are moved to end in 0, then stretched to begin as before."""
-    root = np.sqrt(BARS["scaled_linear"]())
+    root = np.sqrt(bars)
     first, last = root[0], root[-1]
     root = root - last
     return (root * (first / (first - last))) ** 2
@@ -116,7 +116,7 @@ BARS = {
         [(0.00085**0.5 + k * (0.012**0.5 - 0.00085**0.5) / 999) ** 2 for k in range(1000)]
     ),
     "cosine_discrete": cosine_bars,
-    "zero_terminal_snr": rescaled_bars,
+    "zero_terminal_snr": lambda: stretched(BARS["scaled_linear"]()),
 }
 """name -> (alpha-bar_1, ..., alpha-bar_1000)."""
 
@@ -142,6 +142,50 @@ def test_discrete_steps(name, x64):
         t = jnp.arange(1, 1001).astype(dtype) / 1000
         np.testing.assert_allclose(schedule.alpha(t), np.sqrt(bars), rtol=digits, atol=0.2 * digits)
         np.testing.assert_allclose(schedule.sigma(t), np.sqrt(1.0 - bars), rtol=digits)
+
+
+def scaled(low, high, steps):
+    """Betas from `low` to `high`, 1000 / T times as large (openai/improved-diffusion, `get_named_beta_schedule`)."""
+    return 1000 / steps * (low + np.arange(steps) * (high - low) / (steps - 1))
+
+
+IN_STEPS = {
+    "ddpm_linear(steps={})": lambda steps: running_product(scaled(1e-4, 0.02, steps)),
+    # the squares of Stable Diffusion's line
+    "scaled_linear(steps={})": lambda steps: running_product(
+        1000 / steps * (0.00085**0.5 + np.arange(steps) * (0.012**0.5 - 0.00085**0.5) / (steps - 1)) ** 2
+    ),
+    "cosine_discrete(steps={})": lambda steps: cosine_bars(steps),
+    "zero_terminal_snr(of='ddpm_linear(steps={})')": lambda steps: stretched(
+        running_product(scaled(1e-4, 0.02, steps))
+    ),
+}
+"""text of T steps -> (alpha-bar_1, ..., alpha-bar_T)."""
+
+
+@pytest.mark.parametrize("steps", [50, 100, 250, 500, 1000, 4000])
+@pytest.mark.parametrize("text", IN_STEPS)
+def test_other_numbers_of_steps(text, steps, x64):
+    schedule, bars = build(text.format(steps)), IN_STEPS[text](steps)
+    t = jnp.arange(1.0, steps + 1) / steps
+    np.testing.assert_allclose(schedule.alpha(t), np.sqrt(bars), rtol=1e-10, atol=1e-11)
+    np.testing.assert_allclose(schedule.sigma(t), np.sqrt(1.0 - bars), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["ddpm_linear", "scaled_linear"])
+def test_fewer_steps_keep_the_noise_at_the_end(name, x64):
+    """-ln(alpha-bar_T) is the sum of the betas and half that of their squares: the first stays, the other is small."""
+    whole = np.log(bar(name, 1000))
+    for steps in (100, 250, 500, 4000):
+        few = 2.0 * np.log(float(build(f"{name}(steps={steps})").alpha(jnp.float64(1.0))))
+        np.testing.assert_allclose(few, whole, rtol=0.08)
+
+
+@pytest.mark.parametrize(("text", "largest"), [("ddpm_linear(steps=20)", "1"), ("scaled_linear(steps=6)", "2")])
+def test_betas_of_one_and_more_are_refused(text, largest):
+    """1000 / 20 0.02 = 1: a step that leaves nothing of the image; and 1000 / 6 0.012 = 2."""
+    with pytest.raises(UserError, match=rf"beta_max must stay below 1, not be {largest}\."):
+        build(text)
 
 
 @pytest.mark.parametrize("name", BARS)
@@ -190,11 +234,11 @@ def test_published_noise_label_of_edm():
 
 
 def test_ddpm_in_many_steps_is_the_vp_sde(x64):
-    """Song et al. 2021, appendix B: beta_k = beta(k / T) / T; the difference falls with 1 / T."""
+    """Song et al. 2021, appendix B: beta_k = beta(k / T) / T, of which 1000 / T 1e-4 is 0.1 / T; off by O(1 / T)."""
     t, limit = jnp.linspace(0.1, 1.0, 10), build("vp_linear")
     errors = []
     for steps in (1000, 4000):
-        discrete = build(f"ddpm_linear(steps={steps},beta_min={0.1 / steps},beta_max={20.0 / steps})")
+        discrete = build(f"ddpm_linear(steps={steps})")
         errors.append(np.abs(np.log(discrete.alpha(t) / limit.alpha(t))).max())
     assert errors[0] < 0.05
     np.testing.assert_allclose(errors[0] / errors[1], 4.0, rtol=0.02)
@@ -305,14 +349,15 @@ def test_methods_are_elementwise(schedule):
 
 def test_equal_options_make_equal_schedules():
     """A schedule is a value: it may be a static argument of a jitted function."""
-    for text in TEXTS:
+    texts = [text for text in TEXTS if text != "learned"]  # which holds arrays
+    for text in texts:
         assert build(text) == build(text)
         assert hash(build(text)) == hash(build(text))
-    assert len({build(text) for text in TEXTS}) == len(TEXTS)
+    assert len({build(text) for text in texts}) == len(texts)
 
 
 def test_gradients_pass_through_the_tables_in_reverse():
-    for name in ("scaled_linear", "sigmoid"):
+    for name in ("scaled_linear", "sigmoid", "learned"):
         schedule = build(name)
         slope = jax.grad(lambda t, s=schedule: s.alpha(t) + s.time(logsnr(s, t)))(jnp.float32(0.6004))
         d_alpha = jax.jvp(schedule.alpha, (jnp.float32(0.6004),), (jnp.float32(1.0),))[1]
@@ -330,6 +375,7 @@ def test_gradients_pass_through_the_tables_in_reverse():
         "sigmoid(tau=0.0)",
         "sigmoid(start=1.0,end=0.0)",
         "ddpm_linear(beta_max=1.5)",
+        "ddpm_linear(steps=20)",
         "scaled_linear(steps=1)",
         "cosine_discrete(beta_max=1.0)",
         "resolution_shifted(shift=0.0)",
@@ -344,3 +390,10 @@ def test_impossible_options_are_refused_by_name(text):
 def test_an_unknown_row_in_a_wrapper_is_named():
     with pytest.raises(UserError, match=r"'of' = 'cosin'.*did you mean 'cosine'"):
         build("shifted(of='cosin')")
+
+
+@pytest.mark.parametrize("text", ["shifted(of='learned')", "resolution_shifted(of='learned(hidden=8)')"])
+def test_a_learned_schedule_is_not_wrapped(text):
+    """The sentence says what to do instead, not that there is no such row."""
+    with pytest.raises(UserError, match=r"'of' = 'learned.*move its ends instead, learned\(logsnr_max"):
+        build(text)

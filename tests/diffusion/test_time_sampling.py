@@ -8,9 +8,10 @@ from scipy import stats
 from scipy.special import logit
 
 from diffusion_jax import plugs
-from diffusion_jax.diffusion.schedule import SCHEDULES, first_time
+from diffusion_jax.diffusion.schedule import first_time
 from diffusion_jax.diffusion.time_sampling import QUANTILES, TIME_SAMPLINGS, Importance, independent, stratified
 from diffusion_jax.errors import UserError
+from tests import schedules
 
 
 def log_ratio(schedule, t):
@@ -48,17 +49,17 @@ KINDS = ("vp_linear", "scaled_linear", "ve", "rectified_flow")
 @pytest.mark.parametrize("name", KINDS)
 def test_distribution(text, name):
     """p > 0.001 on 4,000 draws: a mean off by 0.1 standard deviations, or a spread off by 10 %, has p < 1e-5."""
-    schedule = plugs.build("schedule", name, SCHEDULES)
+    schedule = schedules.build(name)
     t = np.asarray(plugs.build("time", text, TIME_SAMPLINGS)(schedule, quantiles(4000)), np.float64)
     statistic, law = LAWS[text]
     assert stats.kstest(statistic(schedule, t), law(float(first_time(schedule))).cdf).pvalue > 0.001
 
 
 @pytest.mark.parametrize("name", TIME_SAMPLINGS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.EVERY)
 def test_times_stay_where_training_may_look(name, schedule):
     """Also for a law so wide that most of its draws fall outside."""
-    schedule = plugs.build("schedule", schedule, SCHEDULES)
+    schedule = schedules.build(schedule)
     text = name if name == "uniform" else f"{name}(std=50.0)"
     if "std" not in plugs.inspect.signature(TIME_SAMPLINGS[name]).parameters:
         text = name
@@ -99,7 +100,7 @@ def test_stratified_quantiles_lie_evenly_together(count, first):
 @pytest.mark.parametrize("name", KINDS)
 def test_slope_is_one_over_the_density(text, name, x64):
     """dt/du by `jax.jvp`, which weightings divide the density out with, against finite differences."""
-    schedule, u, h = plugs.build("schedule", name, SCHEDULES), jnp.linspace(0.2, 0.9, 23), 1e-7
+    schedule, u, h = schedules.build(name), jnp.linspace(0.2, 0.9, 23), 1e-7
     time = plugs.build("time", text, TIME_SAMPLINGS)
     t, slope = jax.jvp(lambda u: time(schedule, u), (u,), (jnp.ones_like(u),))
     assert t.dtype == u.dtype

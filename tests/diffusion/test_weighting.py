@@ -7,10 +7,11 @@ import pytest
 
 from diffusion_jax import plugs
 from diffusion_jax.diffusion.prediction import PREDICTIONS, check_pairing
-from diffusion_jax.diffusion.schedule import SCHEDULES, first_time, logsnr
+from diffusion_jax.diffusion.schedule import first_time, logsnr
 from diffusion_jax.diffusion.time_sampling import TIME_SAMPLINGS
 from diffusion_jax.diffusion.weighting import WEIGHTINGS
 from diffusion_jax.errors import UserError
+from tests import schedules
 
 PAPERS = {
     "snr": ("eps", lambda alpha, sigma: 1.0),  # Ho et al. 2020, eq. 14: |eps - eps_hat|^2
@@ -35,9 +36,9 @@ OPTIONS = {
 
 
 def _pairings():
-    for schedule in SCHEDULES:
+    for schedule in schedules.EVERY:
         for name in PREDICTIONS:
-            bound = plugs.build("schedule", schedule, SCHEDULES)
+            bound = schedules.build(schedule)
             prediction = plugs.build("prediction", name, PREDICTIONS, schedule=bound)
             try:
                 check_pairing("prediction", prediction, "")
@@ -101,7 +102,7 @@ def test_elbo_is_the_diffusion_term_of_the_bound(name, schedule, sampling, x64):
 
     The mean over u by the trapezoid rule, on u that lie densely in the tails.
     """
-    s, bound = 0.6, plugs.build("schedule", schedule, SCHEDULES)
+    s, bound = 0.6, schedules.build(schedule)
     prediction = plugs.build("prediction", name, PREDICTIONS, schedule=bound)
     sample = plugs.build("time", sampling, TIME_SAMPLINGS)
     u = jax.scipy.stats.norm.cdf(jnp.linspace(-5.19, 5.19, 40001))
@@ -117,7 +118,7 @@ def test_elbo_is_the_diffusion_term_of_the_bound(name, schedule, sampling, x64):
 
 @pytest.mark.parametrize(("name", "schedule"), SOME)
 def test_sigmoid_of_a_large_bias_is_the_bound(name, schedule, x64):
-    prediction = PREDICTIONS[name](schedule=plugs.build("schedule", schedule, SCHEDULES))
+    prediction = PREDICTIONS[name](schedule=schedules.build(schedule))
     t = jnp.linspace(0.1, 1.0, 10)
     large, bound = (plugs.build("w", text, WEIGHTINGS) for text in ("sigmoid(bias=60.0)", "elbo"))
     np.testing.assert_allclose(large(prediction, t, t), bound(prediction, t, t), rtol=1e-12)
@@ -129,17 +130,17 @@ def test_simple_weighs_every_output_alike(prediction):
     np.testing.assert_array_equal(WEIGHTINGS["simple"]()(prediction, t, 3.0 * jnp.ones_like(t)), np.ones(10))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.EVERY)
 def test_edm_weight_on_edm_output_is_one(schedule, x64):
     """lambda c_out^2 = 1: the effective weight is uniform at initialisation (Karras et al. 2022, appendix B.6)."""
-    prediction = PREDICTIONS["edm"](schedule=plugs.build("schedule", schedule, SCHEDULES))
+    prediction = PREDICTIONS["edm"](schedule=schedules.build(schedule))
     t = jnp.linspace(0.001, 0.999, 50)
     np.testing.assert_allclose(WEIGHTINGS["edm"]()(prediction, t, jnp.ones_like(t)), 1.0, rtol=1e-6)
 
 
 def test_published_edm_weight(x64):
     """8 at sigma = sigma_data = 0.5, on x0's error."""
-    prediction = PREDICTIONS["x0"](schedule=plugs.build("schedule", "edm", SCHEDULES))
+    prediction = PREDICTIONS["x0"](schedule=schedules.build("edm"))
     t = jnp.float64([0.5 / 80.0])
     np.testing.assert_allclose(WEIGHTINGS["edm"]()(prediction, t, jnp.ones_like(t)), 8.0, rtol=1e-9)
 

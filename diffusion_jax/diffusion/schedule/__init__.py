@@ -14,6 +14,7 @@ from diffusion_jax.diffusion.schedule.continuous import EDM, VE, Cosine, Rectifi
 from diffusion_jax.diffusion.schedule.discrete import CosineDiscrete, DDPMLinear, ScaledLinear, ZeroTerminalSNR
 from diffusion_jax.diffusion.schedule.learned import Learned
 from diffusion_jax.diffusion.schedule.wrappers import ResolutionShifted, Shifted
+from diffusion_jax.errors import require
 
 __all__ = ["SCHEDULES", "Learned", "Schedule", "first_time", "logsnr", "with_derivatives"]
 
@@ -34,7 +35,14 @@ def zero_terminal_snr(of: str = "scaled_linear") -> ZeroTerminalSNR:
 
 
 def _row(of: str) -> Schedule:
-    return plugs.build("the schedule's option 'of'", of, SCHEDULES)
+    """The row that a wrapper is made from.
+
+    Not a learned schedule: it finds its times itself, which undoes any shift of them, and its ends are its own options.
+    """
+    field = "the schedule's option 'of'"
+    rule = "a learned schedule is not wrapped; move its ends instead, learned(logsnr_max=..., logsnr_min=...)"
+    require(plugs.parse(field, of)[0] != "learned", field, of, rule)
+    return plugs.build(field, of, SCHEDULES)
 
 
 SCHEDULES = {

@@ -62,39 +62,50 @@ def _alphas(betas: np.ndarray) -> np.ndarray:
     return np.sqrt(np.cumprod(1.0 - betas))
 
 
-def _check(beta_min: float, beta_max: float, steps: int) -> None:
-    if not (0.0 < beta_min < beta_max < 1.0 and steps > 1):
-        raise ValueError(f"0 < beta_min < beta_max < 1 and steps > 1 must hold, not {beta_min}, {beta_max} and {steps}")
+@dataclass(frozen=True, kw_only=True)
+class _ScaledBetas(Discrete):
+    """Betas that are stated for 1,000 steps; with T steps they are 1000 / T times as large.
+
+    So the sum of all betas, and nearly the noise at the end, is the same for any T (the released code of Nichol &
+    Dhariwal 2021, who take T = 4,000). Below some T the largest one would reach 1: that is refused.
+    """
+
+    beta_min: float
+    beta_max: float
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        beta_min, beta_max, steps = self.beta_min, self.beta_max, self.steps
+        if not (0.0 < beta_min < beta_max and steps > 1):
+            raise ValueError(f"0 < beta_min < beta_max and steps > 1 must hold, not {beta_min}, {beta_max} and {steps}")
+        if not beta_max * self._scale < 1.0:
+            raise ValueError(f"1000 / steps times beta_max must stay below 1, not be {beta_max * self._scale:.3g}")
+
+    @property
+    def _scale(self) -> float:
+        return 1000.0 / self.steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPMLinear(Discrete):
+class DDPMLinear(_ScaledBetas):
     """beta_k linear in k (Ho et al. 2020, section 4). `vp_linear` is its limit of many steps."""
 
     beta_min: float = 1e-4
     beta_max: float = 0.02
-    steps: int = 1000
-
-    def __post_init__(self) -> None:
-        _check(self.beta_min, self.beta_max, self.steps)
 
     def alphas(self) -> np.ndarray:  # noqa: D102
-        return _alphas(np.linspace(self.beta_min, self.beta_max, self.steps))
+        return _alphas(self._scale * np.linspace(self.beta_min, self.beta_max, self.steps))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaledLinear(Discrete):
+class ScaledLinear(_ScaledBetas):
     """beta_k^(1/2) linear in k (Rombach et al. 2022, and with these numbers Stable Diffusion)."""
 
     beta_min: float = 0.00085
     beta_max: float = 0.012
-    steps: int = 1000
-
-    def __post_init__(self) -> None:
-        _check(self.beta_min, self.beta_max, self.steps)
 
     def alphas(self) -> np.ndarray:  # noqa: D102
-        return _alphas(np.linspace(self.beta_min**0.5, self.beta_max**0.5, self.steps) ** 2)
+        return _alphas(self._scale * np.linspace(self.beta_min**0.5, self.beta_max**0.5, self.steps) ** 2)
 
 
 @dataclass(frozen=True, kw_only=True)
