@@ -26,6 +26,8 @@ class DataSettings:
       held_out_split: TFDS split string of the images that only evaluation sees.
       data_dir: where TFDS finds its data; its own default where empty.
       flip: mirror training images left to right with probability 1/2.
+      augment: from `data.augment.AUGMENTATIONS`, changes of training images of which the network is told; none where
+        empty.
       device_megabytes: data sets up to this size live on the device, larger ones stream through grain.
     """
 
@@ -35,6 +37,7 @@ class DataSettings:
     held_out_split: str = "test"
     data_dir: str = ""
     flip: bool = False
+    augment: str = ""
     device_megabytes: int = 1024
 
     def __post_init__(self) -> None:

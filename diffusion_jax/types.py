@@ -10,7 +10,10 @@ Array = jax.Array
 Tree = Any  # a pytree of arrays
 
 Batch = Mapping[str, Array]
-"""`image` f32[B,H,W,C] in [-1,1]; `label` i32[B] where the data has classes; `index` i32[B], the place in the batch."""
+"""`image` f32[B,H,W,C] in [-1,1]; `label` i32[B] where the data has classes; `index` i32[B], the place in the batch.
+
+In training also `augment` f32[B,width], what augmentation has done to the image, where the network is told of it.
+"""
 
 Condition = Mapping[str, Array]
 """What an image is to show: `label` i32[n], or nothing."""
@@ -97,11 +100,15 @@ LossFn = Callable[[Weights, Context], tuple[Array, Aux]]
 
 @dataclass(frozen=True, kw_only=True)
 class Player:
-    """One group of parameters and the loss that it alone minimises, every `every`-th step."""
+    """One group of parameters and the loss that it alone minimises, every `every`-th step.
+
+    After each update `project`, where there is one, puts the parameters back where they have to stay.
+    """
 
     name: str
     loss: LossFn
     every: int = 1
+    project: Callable[[Tree], Tree] | None = None
 
 
 class Generate(Protocol):
@@ -135,6 +142,7 @@ class Family:
         f32[n,steps + 1,H,W,C]; None where there is no way.
       edits: what else can be done with a trained model, by name.
       denoise: (weights, x, t, label i32[n] or None) -> `Denoised`, the plain model; None where the family has no noise.
+      augment: width of the label of augmentation that the training batches must have; 0 for none.
       guided_by: another family's `denoise` -> this family, guided away from it; its weights then hold the other's as
         `weak`.
     """
@@ -148,6 +156,7 @@ class Family:
     trajectory: Callable[[Weights, Array, Condition, Tree, int], Array] | None = None
     edits: Mapping[str, Edit] = field(default_factory=dict)
     denoise: Callable[[Weights, Array, Array, Array | None], Denoised] | None = None
+    augment: int = 0
     guided_by: Callable[[Callable], "Family"] | None = None
 
 

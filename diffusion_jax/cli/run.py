@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from diffusion_jax import data, families, rng, settings
+from diffusion_jax import data, families, plugs, rng, settings
 from diffusion_jax.data import augment
 from diffusion_jax.data.source import Dataset, to_float
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require
 from diffusion_jax.evaluation import features, likelihood, real, report
 from diffusion_jax.sampling import Sampler
 from diffusion_jax.training import loop, sharding
 from diffusion_jax.training.checkpoint import abstract_like
 from diffusion_jax.training.step import Trainer
-from diffusion_jax.types import Family, ImageSpec, Tree, Weights
+from diffusion_jax.types import Array, Batch, Family, ImageSpec, Tree, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class Run(Model):
 
     dataset: Dataset
     trainer: Trainer
+    augmentation: augment.Augmentation | None
 
     def feed(self) -> data.Feed:
         """The training batches."""
@@ -71,14 +72,19 @@ class Run(Model):
         Raises:
           UserError: where some option has a value that nothing has refused so far, and with which it cannot be traced.
         """
-        flip = augment.flip if self.settings.data.flip else None
         try:
-            program = loop.compile_program(self.trainer, feed, self.mesh, self.settings.mesh, flip)
+            program = loop.compile_program(self.trainer, feed, self.mesh, self.settings.mesh, self.augmented)
             jax.eval_shape(program.advance, program.abstract, feed.chunk(0, 1), jnp.int32(1), {})
         except (TypeError, ValueError, AttributeError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"this config cannot be trained ({type(error).__name__}: {reason[:200]}).") from error
         return program
+
+    def augmented(self, batch: Batch, key: Array) -> Batch:
+        """The batch as the config wants its training images, by the key of a step."""
+        if self.settings.data.flip:
+            batch = augment.flip(batch, key)
+        return self.augmentation(batch, key) if self.augmentation else batch
 
     @functools.cached_property
     def extractor(self) -> features.Features:
@@ -157,7 +163,28 @@ def assemble(config: Mapping[str, Any], training: bool = True) -> Run:
     if training:
         sharding.check_rules(checked.mesh, weight_shapes(model.family))
     trainer = Trainer(model.family, checked.train, checked.seed)
-    return Run(**vars(model), dataset=dataset, trainer=trainer)
+    return Run(
+        **vars(model),
+        dataset=dataset,
+        trainer=trainer,
+        augmentation=build_augmentation(checked.data.augment, model.family),
+    )
+
+
+def build_augmentation(text: str, family: Family) -> augment.Augmentation | None:
+    """The augmentation that `text` names, whose labels the family's network must take; None where it is empty.
+
+    Raises:
+      UserError: also where one of the two is there without the other.
+    """
+    if not text:
+        rule = f"must name an augmentation: the network expects its label, of width {family.augment}, unless augment=0"
+        require(not family.augment, "data.augment", text, rule)
+        return None
+    augmentation = plugs.build("data.augment", text, augment.AUGMENTATIONS)
+    rule = f"would show in the samples unless the network takes its label: a ddpmpp with augment={augmentation.width}"
+    require(family.augment == augmentation.width, "data.augment", text, rule)
+    return augmentation
 
 
 def weight_shapes(family: Family) -> Weights:

@@ -217,14 +217,15 @@ class Model:
 
     def family(self) -> Family:
         """What everyone else sees of the model."""
-        losses = {"denoiser": self.loss}
+        players = [Player(name="denoiser", loss=self.loss, project=self.network.project)]
         if isinstance(self.schedule, Learned):
-            losses["schedule"] = self.schedule_loss
+            players.append(Player(name="schedule", loss=self.schedule_loss))
         if self.classifier:
-            losses["classifier"] = self.classifier_loss
+            project = self.classifier.network.project
+            players.append(Player(name="classifier", loss=self.classifier_loss, project=project))
         return Family(
             name="diffusion",
-            players=tuple(Player(name=name, loss=loss) for name, loss in losses.items()),
+            players=tuple(players),
             init=self.init,
             generate=self.generate,
             sampling=self.sampling,
@@ -232,6 +233,7 @@ class Model:
             trajectory=self.trajectory,
             edits={name: partial(edit, self) for name, edit in EDITS.items()},
             denoise=self.denoise,
+            augment=self.network.augment,
             guided_by=lambda weak: replace(self, weak=weak).family(),
         )
 
@@ -253,26 +255,40 @@ class Model:
 
     def loss(self, params: Weights, ctx: Context) -> tuple[Array, Aux]:
         """The objective, averaged over the batch; the quantiles learn where it is large."""
-        u, weights, losses = self.losses(params, ctx)
+        u, weights, losses, t = self.losses(params, ctx)
         history = self.quantiles.update(ctx.extra["quantiles"], u, losses)
-        return jnp.mean(weights * losses), Aux(metrics={}, extra=ctx.extra | {"quantiles": history})
+        loss = jnp.mean(weights * self.balanced(params, losses, t))
+        return loss, Aux(metrics={}, extra=ctx.extra | {"quantiles": history})
 
     def schedule_loss(self, params: Weights, ctx: Context) -> tuple[Array, Aux]:
         """E loss^2, which a learned schedule lowers by making the loss alike at all times (Kingma et al. 2021)."""
-        _, weights, losses = self.losses(params, ctx)
+        _, weights, losses, _ = self.losses(params, ctx)
         return jnp.mean(weights * jnp.square(losses)), Aux(metrics={}, extra=ctx.extra)
 
-    def losses(self, params: Weights, ctx: Context) -> tuple[Array, Array, Array]:
-        """Quantiles, weights and losses, f32[B] each; some labels are hidden, so that guidance can be learned."""
+    def balanced(self, params: Weights, losses: Array, t: Array) -> Array:
+        """L / exp(v) + v f32[B], of losses L at times t, where the network learns their log variance v(t); else L.
+
+        It is least where exp(v) is the mean of L at that time: then all times count alike, however large their losses
+        (Kendall et al. 2018; Karras et al. 2024, eq. 14-16).
+        """
+        if not self.network.log_variance:
+            return losses
+        v = self.network.log_variance(params["denoiser"], self.prediction(params).schedule.label(t))
+        return losses * jnp.exp(-v) + v
+
+    def losses(self, params: Weights, ctx: Context) -> tuple[Array, Array, Array, Array]:
+        """Quantiles, weights, losses, times, f32[B] each; some labels are hidden, so that guidance can be learned."""
         index, prediction = ctx.batch["index"], self.prediction(params)
         u, weights = self.quantiles.draw(ctx.extra["quantiles"], rng.stream(ctx.key, "time"), index)
         keys = rng.example_keys(ctx.key, index)
         label = self.hide_labels(ctx.batch, rng.fold(keys, 0))
 
         def predict(x: Array, t: Array) -> Array:
-            return self.predict(params["denoiser"], prediction, x, t, label, dropout=rng.fold(keys, 1))
+            augment = ctx.batch.get("augment")
+            return self.predict(params["denoiser"], prediction, x, t, label, rng.fold(keys, 1), augment)
 
-        return u, weights, self.objective(prediction).loss(predict, ctx.batch["image"], u, rng.fold(keys, 2))[0]
+        losses, t = self.objective(prediction).loss(predict, ctx.batch["image"], u, rng.fold(keys, 2))
+        return u, weights, losses, t
 
     def hide_labels(self, batch: Mapping[str, Array], keys: Array) -> Array | None:
         """Labels i32[B], each replaced by `null` with probability `label_dropout`."""
@@ -288,10 +304,11 @@ class Model:
         t: Array,
         label: Array | None,
         dropout: Array | None = None,
+        augment: Array | None = None,
     ) -> Array:
         """y f32[B,H,W,C]: the network sees the scaled input and the schedule's label of t, f32[] or f32[B]."""
         time = jnp.atleast_1d(prediction.schedule.label(t))
-        return self.network.apply(params, over(prediction.input_scale(t), x) * x, time, label, dropout)
+        return self.network.apply(params, over(prediction.input_scale(t), x) * x, time, label, dropout, augment)
 
     def classifier_loss(self, params: Weights, ctx: Context) -> tuple[Array, Aux]:
         """What the classifier of noisy images minimises."""
@@ -368,6 +385,8 @@ class Model:
         grid = plugs.build("sample.grid", settings.grid, GRIDS)
         rule = f"the grid {settings.grid} has {grid.steps} steps; set as many"
         require(grid.steps in (None, settings.steps), "sample.steps", settings.steps, rule)
+        rule = f"the grid {settings.grid} has no more than {grid.most} stops"
+        require(settings.steps <= grid.most, "sample.steps", settings.steps, rule)
         solver = plugs.build("sample.solver", settings.solver, SOLVERS)
         for name, chosen in rules.items():
             fine = isinstance(solver, DDIM) or not any(isinstance(rule, guidance.CFGPlusPlus) for rule in chosen)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_jax import plugs
 from diffusion_jax.errors import require
-from diffusion_jax.networks import classifier, dit, presets, unet
+from diffusion_jax.networks import adm, classifier, ddpmpp, dit, edm2, presets, unet, uvit, vdm
 from diffusion_jax.types import Array, ImageSpec, Tree
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -20,9 +20,9 @@ class Network:
 
     Attributes:
       init: key -> parameters, float32.
-      apply: (params, x f32[B,H,W,C], time f32[B] or f32[1], label i32[B] or None, keys key[B] or None)
-        -> f32[B,H,W,channels_out]. `label` = num_classes stands for "no label"; `keys` switch dropout on.
-        A network with augmentation conditioning also takes `augment` f32[B,augment], zeros where None.
+      apply: (params, x f32[B,H,W,C], time f32[B] or f32[1], label i32[B] or None, keys key[B] or None,
+        augment f32[B,width] or None) -> f32[B,H,W,channels_out]. `label` = num_classes stands for "no label"; `keys`
+        switch dropout on; `augment` says what was done to the image, nothing where None.
       fixed: how many numbers of fixed tables a published count of parameters includes.
       augment: width of the augmentation's label; 0 for a network that takes none.
       log_variance: (params, time f32[B]) -> f32[B], the head that learns how uncertain the loss at a time is; None
@@ -39,10 +39,18 @@ class Network:
 
 
 BACKBONES = {
-    "dit": (dit.DiTOptions, dit.DiT, dit.patch_error),
+    "adm": (adm.ADMOptions, adm.ADM, adm.size_error),
+    "ddpmpp": (ddpmpp.DDPMPPOptions, ddpmpp.DDPMPP, unet.size_error),
+    "dit": (dit.DiTOptions, dit.DiT, dit.size_error),
+    "edm2": (edm2.EDM2Options, edm2.EDM2, unet.size_error),
     "unet": (unet.UNetOptions, unet.UNet, unet.size_error),
+    "uvit": (uvit.UViTOptions, uvit.UViT, uvit.size_error),
+    "vdm": (vdm.VDMOptions, vdm.VDM, vdm.any_size),
 }
-"""name -> (options, module, what is wrong with an image size)."""
+"""name -> (options, module, what is wrong with an image size).
+
+A module may have three functions more: `fixed` (options, image spec), `log_variance` and `project`, as in `Network`.
+"""
 
 
 def build(
@@ -74,10 +82,27 @@ def build(
         label = jnp.zeros((1,), jnp.int32) if spec.num_classes else None
         return model.init(key, x, jnp.zeros((1,)), label, None)["params"]
 
-    def apply(params: Tree, x: Array, time: Array, label: Array | None, keys: Array | None = None) -> Array:
-        return model.apply({"params": params}, x, time, label, keys).astype(jnp.float32)
+    width = getattr(options, "augment", 0)
 
-    return Network(init=init, apply=jax.named_call(apply, name=name))
+    def apply(
+        params: Tree,
+        x: Array,
+        time: Array,
+        label: Array | None,
+        keys: Array | None = None,
+        augment: Array | None = None,
+    ) -> Array:
+        given = (x, time, label, keys, augment) if width else (x, time, label, keys)
+        return model.apply({"params": params}, *given).astype(jnp.float32)
+
+    return Network(
+        init=init,
+        apply=jax.named_call(apply, name=name),
+        augment=width,
+        fixed=module.fixed(options, spec) if hasattr(module, "fixed") else 0,
+        log_variance=module.log_variance if getattr(options, "log_variance", 0) else None,
+        project=getattr(module, "project", None),
+    )
 
 
 def build_classifier(spec: ImageSpec, features: int) -> Network:

@@ -1,48 +1,74 @@
-"""DiT: a transformer over patches, conditioned through adaLN-Zero (Peebles & Xie 2022, section 3)."""
+"""DiT: a transformer over patches (Peebles & Xie 2022), with the ways of conditioning of its section 3.2.
+
+    patches -> tokens + fixed positions -> blocks -> norm -> patches
+
+Time and label reach the blocks in one of four ways (figure 3):
+
+    adaln_zero        their sum shifts, scales and gates every branch; all begin at zero
+    adaln             their sum shifts and scales every branch
+    in_context        two more tokens, dropped at the end
+    cross_attention   two tokens that every block looks at
+
+Beside the paper's forms there are later ones, each off by default: rotary positions, normalised queries and keys,
+SwiGLU, RMS norms, register tokens, and one modulation for all blocks.
+"""
 
 from dataclasses import dataclass
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from diffusion_jax.networks import layers
+from diffusion_jax.networks import layers, remat, transformer
 from diffusion_jax.networks.layers import Dense
-from diffusion_jax.types import Array
+from diffusion_jax.networks.transformer import NORMAL, BlockOptions, Norm
+from diffusion_jax.types import Array, ImageSpec
 
-NORMAL = nn.initializers.normal(0.02)
+CONDITIONING = {"adaln_zero": 3, "adaln": 2, "in_context": 0, "cross_attention": 0}
+"""name -> how many vectors a branch of a block takes from the condition."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTOptions:
-    """Sizes of a DiT.
+class DiTOptions(BlockOptions):
+    """Sizes and parts of a DiT. The defaults are DiT-S/2's.
 
     Attributes:
       patch: side of a patch in pixels; divides the image size.
-      width: of the residual stream; divisible by 4 and by `heads`.
       depth: number of blocks.
-      heads: of each attention.
-      mlp_ratio: width of the hidden layer over `width`.
-      dropout: probability in the attention's and the MLP's outputs.
+      conditioning: a row of CONDITIONING.
+      shared_modulation: one layer gives the modulation of all blocks, each of which adds a table of its own (Chen et
+        al. 2023, PixArt-alpha, section 2.3); with "adaln" and "adaln_zero".
+      rope: rotary positions in 2-D in place of fixed ones that are added; `width` / `heads` is divisible by 4 then.
+      registers: learned tokens beside the patches, dropped at the end (Darcet et al. 2024).
+      scan: compile one block for all; its parameters are stacked.
+      remat: from `remat.POLICIES`, what the backward pass keeps of each block.
     """
 
     patch: int = 2
-    width: int = 384
     depth: int = 12
-    heads: int = 6
-    mlp_ratio: float = 4.0
-    dropout: float = 0.0
+    conditioning: str = "adaln_zero"
+    shared_modulation: bool = False
+    rope: bool = False
+    registers: int = 0
+    scan: bool = False
+    remat: str = "none"
 
     def __post_init__(self) -> None:
-        if min(self.patch, self.width, self.depth, self.heads, int(self.mlp_ratio * self.width)) < 1:
-            raise ValueError("patch, width, depth, heads and mlp_ratio * width must be at least 1")
-        if self.width % 4 or self.width % self.heads:
-            raise ValueError(f"width must be divisible by 4 and by heads = {self.heads}, and {self.width} is not")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        super().__post_init__()
+        if min(self.patch, self.depth) < 1:
+            raise ValueError("patch and depth must be at least 1")
+        if self.conditioning not in CONDITIONING:
+            raise ValueError(f"conditioning must be one of {', '.join(CONDITIONING)}, not {self.conditioning!r}")
+        if self.shared_modulation and not CONDITIONING[self.conditioning]:
+            raise ValueError(f"shared_modulation needs adaln or adaln_zero, not {self.conditioning!r}")
+        if self.rope and (self.width // self.heads) % 4:
+            raise ValueError(f"rope needs width / heads divisible by 4, not {self.width // self.heads}")
+        if self.registers < 0:
+            raise ValueError(f"registers must be at least 0, not {self.registers}")
+        remat.check(self.remat)
 
 
 class DiT(nn.Module):
-    """Patches -> blocks -> patches. The embedding of the positions is fixed, and no parameter."""
+    """Patches -> blocks -> patches."""
 
     options: DiTOptions
     channels_out: int
@@ -53,53 +79,59 @@ class DiT(nn.Module):
     def __call__(self, x: Array, time: Array, label: Array | None, keys: Array | None) -> Array:
         """See `networks.Network.apply`."""
         o = self.options
-        B, H, W, C = x.shape
-        h, w = H // o.patch, W // o.patch
+        H, W = x.shape[1:3]
+        grid = H // o.patch, W // o.patch
 
-        tokens = x.reshape(B, h, o.patch, w, o.patch, C).transpose(0, 1, 3, 2, 4, 5).reshape(B, h * w, -1)
-        tokens = Dense(o.width, self.dtype, name="patch_in")(tokens)
-        tokens = tokens + positions_2d(h, w, o.width).astype(self.dtype)[None]
+        tokens = Dense(o.width, self.dtype, name="patch_in")(transformer.cut(x, o.patch))
+        if not o.rope:
+            tokens = tokens + positions_2d(*grid, o.width)[None].astype(self.dtype)
+        patches = tokens.shape[1]
+        if o.registers:
+            tokens = transformer.prepend(self.param("registers", NORMAL, (1, o.registers, o.width)), tokens)
 
-        condition = TimeEmbedding(o.width, self.dtype, name="time")(time)
-        if self.num_classes:
-            table = self.param("label", NORMAL, (self.num_classes + 1, o.width))
-            condition = condition + table[label].astype(self.dtype)
-        condition = nn.silu(condition)
+        given = self.embedded(time, label)
+        condition = shared = context = None
+        if CONDITIONING[o.conditioning]:
+            condition = shared = nn.silu(sum(given))
+            if o.shared_modulation:
+                count = 2 * CONDITIONING[o.conditioning]
+                shared = Dense(count * o.width, self.dtype, layers.ZEROS, name="modulation")(condition)
+        elif o.conditioning == "in_context":
+            tokens = transformer.prepend(side_by_side(given), tokens)
+        else:
+            context = side_by_side(given)
 
-        for i in range(o.depth):
-            tokens = Block(o, self.dtype, layer=2 * i, name=f"block_{i}")(tokens, condition, keys)
-
-        shift, scale = modulation(2, condition, o.width, self.dtype, name="out_modulation")
-        tokens = modulate(layers.layer_norm(tokens), shift, scale)
-        tokens = Dense(o.patch**2 * self.channels_out, jnp.float32, layers.ZEROS, name="patch_out")(tokens)
-        return tokens.reshape(B, h, w, o.patch, o.patch, -1).transpose(0, 1, 3, 2, 4, 5).reshape(B, H, W, -1)
-
-
-class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition; the gates start at zero."""
-
-    options: DiTOptions
-    dtype: jnp.dtype
-    layer: int
-
-    @nn.compact
-    def __call__(self, x: Array, condition: Array, keys: Array | None) -> Array:
-        """[B,T,width], [B or 1,width] -> [B,T,width]."""
-        o = self.options
-        B, T, width = x.shape
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(
-            6, condition, width, self.dtype, name="modulation"
+        rotation = transformer.angles_2d(*grid, o.width // o.heads) if o.rope else None
+        rotation = transformer.unmoved(rotation, tokens.shape[1] - patches)
+        tokens = transformer.stack(
+            self.block, o.depth, tokens, keys, shared, context, rotation, policy=o.remat, scan=o.scan
         )
 
-        y = modulate(layers.layer_norm(x), shift_a, scale_a)
-        q, k, v = jnp.moveaxis(Dense(3 * width, self.dtype, name="qkv")(y).reshape(B, T, 3, o.heads, -1), 2, 0)
-        y = Dense(width, self.dtype, name="attention_out")(layers.attention(q, k, v).reshape(B, T, width))
-        x = x + gate_a * layers.dropout(y, o.dropout, keys, self.layer)
+        shift = scale = None
+        if condition is not None:
+            vectors = Dense(2 * o.width, self.dtype, layers.ZEROS, name="out_modulation")(condition)
+            shift, scale = jnp.split(vectors[:, None], 2, axis=-1)
+        tokens = Norm(o.norm, o.epsilon, name="out_norm")(tokens[:, -patches:], shift, scale)
+        tokens = Dense(o.patch**2 * self.channels_out, jnp.float32, layers.ZEROS, name="patch_out")(tokens)
+        return transformer.join(tokens, o.patch, H, W)
 
-        y = modulate(layers.layer_norm(x), shift_m, scale_m)
-        y = nn.gelu(Dense(int(o.mlp_ratio * width), self.dtype, name="mlp_in")(y), approximate=True)
-        y = Dense(width, self.dtype, name="mlp_out")(y)
-        return x + gate_m * layers.dropout(y, o.dropout, keys, self.layer + 1)
+    def embedded(self, time: Array, label: Array | None) -> list[Array]:
+        """Vectors [B or 1, width] of the time and, where there are classes, of the label."""
+        vectors = [TimeEmbedding(self.options.width, self.dtype, name="time")(time)]
+        if self.num_classes:
+            table = self.param("label", NORMAL, (self.num_classes + 1, self.options.width))
+            vectors.append(table[label].astype(self.dtype))
+        return vectors
+
+    def block(self, kind: type[nn.Module], name: str) -> nn.Module:
+        """One block of the class `kind`."""
+        o = self.options
+        return kind(o, self.dtype, CONDITIONING[o.conditioning], o.shared_modulation, name=name)
+
+    @staticmethod
+    def fixed(options: DiTOptions, image: ImageSpec) -> int:
+        """The published table of positions is fixed, and counted."""
+        return 0 if options.rope else (image.size // options.patch) ** 2 * options.width
 
 
 class TimeEmbedding(nn.Module):
@@ -116,15 +148,10 @@ class TimeEmbedding(nn.Module):
         return Dense(self.width, self.dtype, NORMAL, name="out")(y)
 
 
-def modulation(count: int, condition: Array, width: int, dtype: jnp.dtype, name: str) -> list[Array]:
-    """`count` vectors [n, 1, width] from the condition, all zero at initialisation (adaLN-Zero)."""
-    vectors = Dense(count * width, dtype, layers.ZEROS, name=name)(condition)
-    return jnp.split(vectors[:, None], count, axis=-1)
-
-
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """X (1 + scale) + shift."""
-    return x * (1.0 + scale) + shift
+def side_by_side(vectors: list[Array]) -> Array:
+    """n vectors [B or 1, width] as tokens [B or 1, n, width]."""
+    rows = max(len(vector) for vector in vectors)
+    return jnp.stack([jnp.broadcast_to(vector, (rows, vector.shape[-1])) for vector in vectors], axis=1)
 
 
 def positions_2d(height: int, width: int, features: int) -> Array:
@@ -139,6 +166,6 @@ def positions_2d(height: int, width: int, features: int) -> Array:
     return jnp.concatenate([axis(columns.reshape(-1)), axis(rows.reshape(-1))], axis=-1)
 
 
-def patch_error(options: DiTOptions, size: int) -> str:
+def size_error(options: DiTOptions, size: int) -> str:
     """Why images of `size` pixels cannot be cut into patches, or ""."""
-    return "" if size % options.patch == 0 else f"patch = {options.patch} must divide the image size {size}"
+    return transformer.patch_error(options.patch, size)

@@ -16,7 +16,7 @@ ZEROS = nn.initializers.zeros_init()
 
 
 class Dense(nn.Module):
-    """y = x W + b over the last axis, with b added in float32.
+    """y = x W + b over the last axis, with b added in float32, or without b.
 
     The leading axes are folded into one: XLA's CPU compiler makes the gradient of a three-axis product twice as slow.
     """
@@ -24,14 +24,15 @@ class Dense(nn.Module):
     features: int
     dtype: jnp.dtype = jnp.float32
     kernel_init: nn.initializers.Initializer = XAVIER
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., C] -> [..., features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", ZEROS, (self.features,))
-        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = _add_bias(rows @ kernel.astype(self.dtype), bias, self.dtype)
+        y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
+        if self.bias:
+            y = _add_bias(y, self.param("bias", ZEROS, (self.features,)), self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -81,20 +82,21 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", ZEROS, (channels,))
         count = min(self.groups, channels // 4)
         groups = x.astype(jnp.float32).reshape(*x.shape[:-1], count, channels // count)
-        y = _standardise(groups, axes=(1, 2, 4), epsilon=self.epsilon).reshape(x.shape)
+        y = standardise(groups, axes=(1, 2, 4), epsilon=self.epsilon).reshape(x.shape)
         ones = (1,) * (x.ndim - 1)
         return (y * scale.reshape(*ones, channels) + bias.reshape(*ones, channels)).astype(x.dtype)
 
 
-def layer_norm(x: Array, epsilon: float = 1e-6) -> Array:
-    """Layer normalisation over the last axis without affine, statistics in float32."""
-    return _standardise(x.astype(jnp.float32), axes=(-1,), epsilon=epsilon).astype(x.dtype)
-
-
-def _standardise(x: Array, axes: tuple[int, ...], epsilon: float) -> Array:
+def standardise(x: Array, axes: tuple[int, ...], epsilon: float) -> Array:
+    """(x - mean) / sqrt(variance + epsilon) over `axes`."""
     mean = jnp.mean(x, axes, keepdims=True)
     variance = jnp.mean(jnp.square(x - mean), axes, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(variance + epsilon)
+
+
+def rms(x: Array, axes: tuple[int, ...], epsilon: float) -> Array:
+    """X / sqrt(mean of x^2 + epsilon) over `axes`."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axes, keepdims=True) + epsilon)
 
 
 def dropout(x: Array, rate: float, keys: Array | None, layer: int) -> Array:
@@ -121,8 +123,3 @@ def sinusoidal(t: Array, features: int, max_period: float = 10_000.0) -> Array:
     frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def attention(q: Array, k: Array, v: Array) -> Array:
-    """Softmax attention over [B,T,heads,head_dim], with logits and softmax in float32."""
-    return jax.nn.dot_product_attention(q, k, v)

@@ -49,10 +49,80 @@ def _dit() -> dict[str, Preset]:
     }
 
 
+def _adm() -> dict[str, Preset]:
+    """Flags of the READMEs of openai/improved-diffusion (CIFAR-10) and openai/guided-diffusion; EDM's of NVlabs/edm."""
+    iddpm = "channels=128,multipliers=(1,2,2,2),attention=(16,8),heads=4,resblock_updown=False,dropout=0.3"
+    wide = "channels=256,blocks=2,dropout=0.0"
+    texts = {
+        64: "adm",
+        128: f"adm({wide},multipliers=(1,1,2,3,4),heads=4)",
+        256: f"adm({wide},multipliers=(1,1,2,2,4,4))",
+        512: f"adm({wide},multipliers=(0.5,1,1,2,2,4,4))",
+    }
+    return {
+        "iddpm-cifar10": Preset(text=f"adm({iddpm})", image=_pixels(32), channels_out=6),
+        **{f"adm-{size}": Preset(text=text, image=_pixels(size, 1000), channels_out=6) for size, text in texts.items()},
+        "edm-imagenet64": Preset(text="adm(time_scale=1.0)", image=_pixels(64, 1000), channels_out=3),
+    }
+
+
+def _edm() -> dict[str, Preset]:
+    """Training options in the README of NVlabs/edm; the networks of images by Karras et al. 2022 but for ImageNet's."""
+    ncsnpp = "embedding='fourier',noise_multiplier=2,encoder='residual',resample=(1,3,3,1)"
+    return {
+        "edm-cifar10": Preset(text="ddpmpp(augment=9)", image=_pixels(32, 10), channels_out=3),
+        "ncsnpp-cifar10": Preset(text=f"ddpmpp(augment=9,{ncsnpp})", image=_pixels(32, 10), channels_out=3),
+        "edm-ffhq64": Preset(
+            text="ddpmpp(multipliers=(1,2,2,2),dropout=0.05,augment=9)", image=_pixels(64), channels_out=3
+        ),
+    }
+
+
+def _edm2() -> dict[str, Preset]:
+    """Karras et al. 2024, ImageNet-512 in latents: "edm2-img512-..." of NVlabs/edm2, train_edm2.py."""
+    sizes = {
+        "xs": "channels=128",
+        "s": "channels=192",
+        "m": "channels=256,dropout=0.1",
+        "l": "channels=320,dropout=0.1",
+        "xl": "channels=384,dropout=0.1",
+        "xxl": "channels=448,dropout=0.1",
+    }
+    return {
+        f"edm2-{size}": Preset(text=f"edm2({options})", image=_latents(64), channels_out=4)
+        for size, options in sizes.items()
+    }
+
+
+def _uvit() -> dict[str, Preset]:
+    """Configs of baofff/U-ViT; its models of ImageNet-64 know no missing label. See Bao et al. 2023, Table 2."""
+    medium, large = "width=768,depth=16,heads=12", "width=1024,depth=20,heads=16"
+    huge = "width=1152,depth=28,heads=16,convolution=False"
+    rows = {
+        "uvit-s/2": ("patch=2", _pixels(32)),
+        "uvit-s/4": ("patch=4", _pixels(64)),
+        "uvit-m/4": (f"patch=4,null_label=False,{medium}", _pixels(64, 1000)),
+        "uvit-l/4": (f"patch=4,null_label=False,{large}", _pixels(64, 1000)),
+        "uvit-l/2": (f"patch=2,{large}", _latents()),
+        "uvit-h/2": (f"patch=2,{huge}", _latents()),
+    }
+    return {
+        name: Preset(text=f"uvit({options})", image=image, channels_out=image.channels)
+        for name, (options, image) in rows.items()
+    }
+
+
 PRESETS = {
     **_dit(),
+    **_uvit(),
     # Ho et al. 2020, appendix B
     "ddpm-cifar10": Preset(text="unet", image=_pixels(32), channels_out=3),
+    "ddpm-256": Preset(text="unet(multipliers=(1,1,2,2,4,4),dropout=0.0)", image=_pixels(256), channels_out=3),
+    **_adm(),
+    **_edm(),
+    **_edm2(),
+    # Kingma et al. 2021: google-research/vdm, configs/cifar10.py
+    "vdm-cifar10": Preset(text="vdm", image=_pixels(32), channels_out=3),
 }
 
 

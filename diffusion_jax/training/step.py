@@ -85,9 +85,10 @@ class Trainer:
         norm = tree.norm(gradient)
         params = state.params[player.name]
         change, opt_state = self.optimizer.update(gradient, state.opt_state[player.name], params)
+        params = optax.apply_updates(params, change)
         new = replace(
             state,
-            params=state.params | {player.name: optax.apply_updates(params, change)},
+            params=state.params | {player.name: player.project(params) if player.project else params},
             opt_state=state.opt_state | {player.name: opt_state},
             extra=aux.extra,
         )

@@ -12,12 +12,45 @@ PUBLISHED = {
     "dit-s/4": 32_945_024,
     "dit-s/8": 33_148_160,
     "dit-b/2": 130_512_416,
+    "dit-b/4": 130_475_648,
     "dit-b/8": 130_881_536,
     "dit-l/2": 458_102_816,
+    "dit-l/4": 458_053_760,
+    "dit-l/8": 458_594_816,
     "dit-xl/2": 675_129_632,
+    "dit-xl/4": 675_074_432,
     "dit-xl/8": 675_683_072,
     # hojonathanho/diffusion, "35.7 million" in the paper's appendix B
     "ddpm-cifar10": 35_746_307,
+    "ddpm-256": 113_673_219,
+    # openai/improved-diffusion and openai/guided-diffusion, their UNetModel with the READMEs' flags
+    "iddpm-cifar10": 52_546_438,
+    "adm-64": 295_904_454,
+    "adm-128": 421_529_606,
+    "adm-256": 553_838_086,
+    "adm-512": 558_997_638,
+    # NVlabs/edm, DhariwalUNet of 1,000 classes
+    "edm-imagenet64": 295_899_267,
+    # NVlabs/edm, SongUNet: of 10 classes for CIFAR-10, of none for FFHQ, 9 augmentation labels
+    "edm-cifar10": 55_735_299,
+    "ncsnpp-cifar10": 56_400_643,
+    "edm-ffhq64": 61_805_571,
+    # NVlabs/edm2, Precond(64, 4, 1000): the U-Net and the head of the log variance; "125, 280, 498, 778, 1119, 1523 M"
+    "edm2-xs": 124_713_253,
+    "edm2-s": 280_212_837,
+    "edm2-m": 497_807_781,
+    "edm2-l": 777_498_085,
+    "edm2-xl": 1_119_283_749,
+    "edm2-xxl": 1_523_164_773,
+    # baofff/U-ViT, libs/uvit.py with the configs' options; "44, 44, 131, 287, 287, 501 M" in the paper's Table 2
+    "uvit-s/2": 44_255_328,
+    "uvit-s/4": 44_292_228,
+    "uvit-m/4": 130_940_292,
+    "uvit-l/4": 286_827_652,
+    "uvit-l/2": 286_763_172,
+    "uvit-h/2": 500_832_016,
+    # google-research/vdm: 30,578,179 of ScoreUNet, and the two of NoiseSchedule_Scalar, its schedule's ends
+    "vdm-cifar10": 30_578_181,
 }
 
 

@@ -1,5 +1,7 @@
 """The step: who moves, by how much, and what happens when something is not finite."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,19 @@ def test_players_move_in_order_and_alone():
     assert float(metrics["leader/loss"]) == 0.5
     assert float(metrics["follower/loss"]) == 0.75
     assert int(state.extra["seen"]) == 1
+
+
+def test_a_projection_follows_the_update_before_anyone_looks():
+    """The leader is halved after its step of 0.25; the follower and the averages see 0.75 / 2."""
+    family = toys.leader_and_follower()
+    leader, follower = family.players
+    halving = replace(leader, project=lambda own: {"w": own["w"] / 2})
+    family = replace(family, players=(halving, follower))
+    trainer = Trainer(family, TrainSettings(**SGD, ema={"fixed": "constant(decay=0.75)"}), seed=0)
+    ((state, _),) = steps(trainer, [0.5])
+    assert float(state.params["leader"]["w"]) == 0.375
+    assert float(state.params["follower"]["w"]) == 1.0 - 0.5 * 0.375
+    assert float(state.ema["fixed"]["leader"]["w"]) == 0.75 * 1.0 + 0.25 * 0.375
 
 
 def test_a_player_rests_between_its_turns():

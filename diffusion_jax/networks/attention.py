@@ -1,0 +1,99 @@
+"""Softmax attention, computed in the way that is fastest where it runs.
+
+    attention(q, k, v) = softmax(q k^T / sqrt(d)) v          (Vaswani et al. 2017, eq. 1)
+
+Logits and the softmax's statistics are float32 whatever the arrays are.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.types import Array
+
+
+def attention(q: Array, k: Array, v: Array, implementation: str = "auto") -> Array:
+    """Attention of q [B,T,heads,d] to k, v [B,S,heads,d]: [B,T,heads,d] in q's dtype.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      implementation: a row of IMPLEMENTATIONS, or "auto": what `choose` says for the platform that this process runs
+        on. Who traces for another platform names a row. cudnn and splash have no forward-mode derivative.
+    """
+    if implementation == "auto":
+        implementation = choose(jax.default_backend(), q, k)
+    return IMPLEMENTATIONS[implementation](q, k, v)
+
+
+def choose(platform: str, q: Array, k: Array) -> str:
+    """The row of IMPLEMENTATIONS for q [B,T,heads,d], k [B,S,heads,d] on "cpu", "gpu" or "tpu"."""
+    T, S, d = q.shape[1], k.shape[1], q.shape[3]
+    if platform == "tpu" and min(T, S) >= 1024 and T % 128 == S % 128 == 0:
+        return "splash"
+    if platform == "gpu" and q.dtype == jnp.bfloat16 and d % 8 == 0 and d <= 128:
+        return "cudnn"
+    return "exact" if platform == "cpu" else "xla"
+
+
+def exact(q: Array, k: Array, v: Array) -> Array:
+    """Plain products: w v / sum(w) with w = exp((q k^T - max) / sqrt(d)). Every transformation accepts it.
+
+    With the heads beside the batch, and T x d numbers divided rather than T x S, it is faster than `xla` on CPUs.
+    """
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    logits = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+    highest = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    w = jnp.exp((logits - highest) * q.shape[-1] ** -0.5)
+    y = jnp.einsum("bhts,bhsd->bhtd", w.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (y / jnp.sum(w, -1, keepdims=True)).astype(q.dtype).swapaxes(1, 2)
+
+
+def xla(q: Array, k: Array, v: Array) -> Array:
+    """JAX's own in plain products, for XLA to fuse."""
+    with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 and float32
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+
+
+def cudnn(q: Array, k: Array, v: Array) -> Array:
+    """Flash attention (Dao et al. 2022) of NVIDIA's cuDNN: bfloat16, d a multiple of 8; no T x S numbers are kept."""
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
+    """Flash attention by JAX's Pallas kernel for TPUs: T and S multiples of 128.
+
+    The kernel has no scale of its own: in bfloat16, q / sqrt(d) is rounded once more unless sqrt(d) is a power of 2.
+    `interpret` runs the kernel's steps on any platform, slowly.
+    """
+    # Here, since importing Pallas takes longer than importing all of this package.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    T, S, heads, d = q.shape[1], k.shape[1], *q.shape[2:]
+    block_q, block_k = (next(size for size in (512, 256, 128) if n % size == 0) for n in (T, S))
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((T, S))] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block_q,
+            block_kv=block_k,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_k,
+            block_q_dq=block_q,
+            block_kv_dq=block_k,
+        ),
+        interpret=interpret,
+    )
+    scaled = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)
+    fill = [(0, 0), (0, 0), (0, 0), (0, -d % 128)]  # zeros, which add nothing to the products: TPUs work in 128s
+    y = jax.vmap(kernel)(*(jnp.pad(x.swapaxes(1, 2), fill) for x in (scaled, k, v)))
+    return y[..., :d].swapaxes(1, 2)
+
+
+IMPLEMENTATIONS = {"exact": exact, "xla": xla, "cudnn": cudnn, "splash": splash}
+
+
+def check(implementation: str) -> None:
+    """Raise a ValueError where `implementation` is neither "auto" nor a row of IMPLEMENTATIONS."""
+    names = ("auto", *IMPLEMENTATIONS)
+    if implementation not in names:
+        raise ValueError(f"attention must be one of {', '.join(names)}, not {implementation!r}")

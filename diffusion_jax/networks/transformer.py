@@ -1,0 +1,286 @@
+"""The block that all transformers here are made of, and what they share around it.
+
+    x <- x + gate * attention(norm(x))
+    x <- x + cross-attention(norm(x), context)     where there is a context
+    x <- x + gate * MLP(norm(x))
+
+    norm(x) = normalise(x) (1 + scale) + shift
+
+Shift, scale and gate come from a condition (adaptive norms: Perez et al. 2018; Peebles & Xie 2022, section 3.2).
+Without one, shift and scale are the norm's own and there is no gate: the plain transformer (Vaswani et al. 2017).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from diffusion_jax.networks import attention, layers, remat
+from diffusion_jax.networks.layers import Dense
+from diffusion_jax.types import Array
+
+NORMAL = nn.initializers.normal(0.02)
+
+# ---------------------------------------------------------------------------------------------- what a user sets
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """Sizes and parts of a block.
+
+    Attributes:
+      width: of the residual stream; divisible by 4 and by `heads`.
+      heads: of each attention.
+      mlp_ratio: width of the MLP's hidden layer over `width`.
+      mlp: a row of MLPS.
+      norm: a row of NORMS.
+      epsilon: under the norms' root.
+      qkv_bias: whether queries, keys and values have a bias.
+      qk_norm: whether self-attention's queries and keys are RMS-normalised, head by head (Dehghani et al. 2023,
+        section 2.1).
+      dropout: probability in the outputs of attention and MLP.
+      attention: a row of `attention.IMPLEMENTATIONS`, or "auto".
+    """
+
+    width: int = 384
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    mlp: str = "gelu"
+    norm: str = "layer"
+    epsilon: float = 1e-6
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    dropout: float = 0.0
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.heads, int(self.mlp_ratio * self.width)) < 1:
+            raise ValueError("width, heads and mlp_ratio * width must be at least 1")
+        if self.width % 4 or self.width % self.heads:
+            raise ValueError(f"width must be divisible by 4 and by heads = {self.heads}, and {self.width} is not")
+        for name, rows in (("mlp", MLPS), ("norm", NORMS)):
+            if getattr(self, name) not in rows:
+                raise ValueError(f"{name} must be one of {', '.join(rows)}, not {getattr(self, name)!r}")
+        if not self.epsilon > 0.0:
+            raise ValueError(f"epsilon must be positive, not {self.epsilon}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        attention.check(self.attention)
+
+
+# ---------------------------------------------------------------------------------------------- the block
+
+
+class Block(nn.Module):
+    """Attention and MLP in residual branches.
+
+    Attributes:
+      vectors: how many a branch takes from the condition: 0; 2, shift and scale; 3, shift, scale and gate, which all
+        start at zero, and with them the branch (adaLN-Zero).
+      shared: whether the condition holds all branches' vectors, to which the block adds a table of its own
+        (adaLN-single: Chen et al. 2023, section 2.3).
+    """
+
+    options: BlockOptions
+    dtype: jnp.dtype
+    vectors: int = 0
+    shared: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        layer: Array | int,
+        keys: Array | None,
+        condition: Array | None = None,
+        context: Array | None = None,
+        rotation: Array | None = None,
+    ) -> Array:
+        """One block.
+
+        Args:
+          x: [B,T,width].
+          layer: the block's number, so that blocks drop independently.
+          keys: of dropout, key[B] or None.
+          condition: [B or 1, width], or [B or 1, 2 * vectors * width] where `shared`; None where `vectors` is 0.
+          context: tokens [B or 1, S, width] for cross-attention, or None.
+          rotation: angles [T, head width / 2] of queries and keys, or None.
+        """
+        o = self.options
+        norm = lambda name: Norm(o.norm, o.epsilon, name=f"{name}_norm")
+        drop = lambda y, branch: layers.dropout(y, o.dropout, keys, 3 * layer + branch)
+        (shift, scale, gate), of_mlp = self.modulation(condition)
+
+        x = gated(x, gate, drop(self.self_attention(norm("attention")(x, shift, scale), rotation), 0))
+        if context is not None:
+            x = x + drop(self.cross_attention(norm("cross")(x), context), 1)
+        shift, scale, gate = of_mlp
+        return gated(x, gate, drop(MLPS[o.mlp](norm("mlp")(x, shift, scale), o, self.dtype), 2))
+
+    def modulation(self, condition: Array | None) -> list[tuple[Array | None, ...]]:
+        """(shift, scale, gate) of attention and MLP, each [B or 1, 1, width] or None."""
+        if not self.vectors:
+            return [(None, None, None)] * 2
+        shape = (2, self.vectors, self.options.width)
+        if self.shared:
+            vectors = condition.reshape(-1, *shape) + self.param("table", layers.ZEROS, shape)[None].astype(self.dtype)
+        else:
+            start = layers.ZEROS if self.vectors == 3 else layers.XAVIER
+            vectors = Dense(shape[0] * shape[1] * shape[2], self.dtype, start, name="modulation")(condition)
+            vectors = vectors.reshape(-1, *shape)
+        given = [[vectors[:, branch, i, None] for i in range(self.vectors)] for branch in range(2)]
+        return [(*vectors, None)[:3] for vectors in given]
+
+    def self_attention(self, y: Array, rotation: Array | None) -> Array:
+        """[B,T,width] -> the same."""
+        o = self.options
+        qkv = Dense(3 * o.width, self.dtype, bias=o.qkv_bias, name="qkv")(y)
+        q, k, v = jnp.moveaxis(qkv.reshape(*y.shape[:2], 3, o.heads, -1), 2, 0)
+        if o.qk_norm:
+            q, k = Norm("rms", o.epsilon, name="q_norm")(q), Norm("rms", o.epsilon, name="k_norm")(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        y = attention.attention(q, k, v, o.attention).reshape(y.shape)
+        return Dense(o.width, self.dtype, name="attention_out")(y)
+
+    def cross_attention(self, y: Array, context: Array) -> Array:
+        """[B,T,width], [B or 1,S,width] -> [B,T,width]; keys and values of one context are computed once."""
+        o = self.options
+        q = Dense(o.width, self.dtype, bias=o.qkv_bias, name="cross_q")(y).reshape(*y.shape[:2], o.heads, -1)
+        kv = Dense(2 * o.width, self.dtype, bias=o.qkv_bias, name="cross_kv")(context)
+        kv = jnp.broadcast_to(kv, (len(y), *kv.shape[1:])).reshape(len(y), -1, 2, o.heads, q.shape[-1])
+        y = attention.attention(q, *jnp.moveaxis(kv, 2, 0), o.attention).reshape(y.shape)
+        return Dense(o.width, self.dtype, name="cross_out")(y)
+
+
+def gated(x: Array, gate: Array | None, y: Array) -> Array:
+    """X + gate * y in float32, in x's dtype: a gate's gradient is a sum over all tokens."""
+    if gate is None:
+        return x + y
+    return (x.astype(jnp.float32) + gate.astype(jnp.float32) * y.astype(jnp.float32)).astype(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------- its parts
+
+NORMS = {"layer": layers.standardise, "rms": layers.rms}
+"""Ba et al. 2016; Zhang & Sennrich 2019, which has no mean and no shift."""
+
+
+class Norm(nn.Module):
+    """normalise(x) (1 + scale) + shift in float32, with the scale and shift given, or else the norm's own."""
+
+    kind: str
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array, shift: Array | None = None, scale: Array | None = None) -> Array:
+        """[..., D] -> the same, in x's dtype; shift and scale are [n,1,D]."""
+        y = NORMS[self.kind](x.astype(jnp.float32), axes=(-1,), epsilon=self.epsilon)
+        own = lambda name: self.param(name, layers.ZEROS, (x.shape[-1],)).reshape((1,) * (x.ndim - 1) + (-1,))
+        if scale is None:
+            scale = own("scale")
+            shift = own("shift") if self.kind == "layer" else 0.0
+        y = y * (1.0 + jnp.asarray(scale, jnp.float32)) + jnp.asarray(shift, jnp.float32)
+        return y.astype(x.dtype)
+
+
+def _gelu_mlp(y: Array, o: BlockOptions, dtype: jnp.dtype, approximate: bool = True) -> Array:
+    y = nn.gelu(Dense(int(o.mlp_ratio * o.width), dtype, name="mlp_in")(y), approximate=approximate)
+    return Dense(o.width, dtype, name="mlp_out")(y)
+
+
+def _swiglu(y: Array, o: BlockOptions, dtype: jnp.dtype) -> Array:
+    """silu(a) * b (Shazeer 2020, eq. 6), two thirds as wide: as many parameters as the others."""
+    hidden = int(2 * o.mlp_ratio * o.width / 3)
+    a, b = jnp.split(Dense(2 * hidden, dtype, name="mlp_in")(y), 2, axis=-1)
+    return Dense(o.width, dtype, name="mlp_out")(nn.silu(a) * b)
+
+
+MLPS = {
+    "gelu": _gelu_mlp,
+    "gelu_erf": lambda *given: _gelu_mlp(*given, approximate=False),
+    "swiglu": _swiglu,
+}
+"""name -> (y [..., width], options, dtype) -> the same; "gelu" is the approximation by tanh."""
+
+
+def angles_2d(height: int, width: int, features: int) -> Array:
+    """Angles [height * width, features / 2] of rotary positions in 2-D, the row's and the column's side by side.
+
+    Su et al. 2021, section 3.4.2, for each axis: position times 10000^(-i / n), i = 0, ..., n - 1, n = features / 4.
+    """
+    n = features // 4
+    frequencies = 10_000.0 ** (-jnp.arange(n, dtype=jnp.float32) / n)
+    rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
+    axes = [axis.reshape(-1, 1).astype(jnp.float32) * frequencies[None] for axis in (rows, columns)]
+    return jnp.concatenate(axes, axis=-1)
+
+
+def rotate(x: Array, angles: Array) -> Array:
+    """Turn the pairs (x_i, x_(i + d/2)) of x [B,T,heads,d] by angles [T,d/2]; q k^T then depends on distances alone."""
+    cosine, sine = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1).astype(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------- around the blocks
+
+
+def stack(
+    block: Callable[..., nn.Module],
+    depth: int,
+    x: Array,
+    keys: Array | None,
+    *given: Array | None,
+    policy: str = "none",
+    scan: bool = False,
+) -> Array:
+    """X after `depth` blocks.
+
+    Args:
+      block: (module class, name) -> a block.
+      depth: how many.
+      x: [B,T,width].
+      keys: see `Block`.
+      given: further arguments of `Block.__call__`, the same for all.
+      policy: from `remat.POLICIES`.
+      scan: one program for all blocks, whose parameters are stacked along a first axis: the time to compile does not
+        grow with the depth. The function is the same.
+    """
+    kind = remat.block(Block, policy, in_scan=scan)
+    if not scan:
+        for layer in range(depth):
+            x = block(kind, f"block_{layer}")(x, layer, keys, *given)
+        return x
+    body = lambda block, x, layer: (block(x, layer, keys, *given), None)
+    scanned = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
+    return scanned(block(kind, "blocks"), x, jnp.arange(depth))[0]
+
+
+def cut(x: Array, patch: int) -> Array:
+    """Images [B,H,W,C] -> patches [B, H/patch * W/patch, patch^2 C], row by row."""
+    B, H, W, C = x.shape
+    x = x.reshape(B, H // patch, patch, W // patch, patch, C).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, -1, patch**2 * C)
+
+
+def join(patches: Array, patch: int, height: int, width: int) -> Array:
+    """Patches [B,T,patch^2 C] -> images [B,height,width,C]."""
+    x = patches.reshape(len(patches), height // patch, width // patch, patch, patch, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(len(patches), height, width, -1)
+
+
+def prepend(tokens: Array, x: Array) -> Array:
+    """Tokens [B or 1, n, width] before x [B,T,width]."""
+    return jnp.concatenate([jnp.broadcast_to(tokens.astype(x.dtype), (len(x), *tokens.shape[1:])), x], axis=1)
+
+
+def unmoved(angles: Array | None, tokens: int) -> Array | None:
+    """Angles of zero for `tokens` that have no place, before those of the others."""
+    return None if angles is None else jnp.pad(angles, ((tokens, 0), (0, 0)))
+
+
+def patch_error(patch: int, size: int) -> str:
+    """Why images of `size` pixels cannot be cut into patches, or ""."""
+    return "" if size % patch == 0 else f"patch = {patch} must divide the image size {size}"
