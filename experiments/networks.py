@@ -1,0 +1,35 @@
+"""Every published network: parameters and multiply-adds of one forward pass of one image, from shapes alone.
+
+    python experiments/networks.py
+
+prints the table of docs/networks.md. `diffusion-jax bench --what=flops --network=NAME` gives a row, and counts it again
+in the compiled program.
+"""
+
+import jax
+
+from diffusion_jax import networks, tree
+from diffusion_jax.networks import flops
+from diffusion_jax.networks.presets import PRESETS, Preset
+
+
+def row(name: str, preset: Preset) -> str:
+    """A line of the table."""
+    image = preset.image
+    network = networks.build("network", name, image, channels_out=preset.channels_out)
+    trained = tree.count(jax.eval_shape(network.init, jax.random.key(0)))
+    cells = (
+        f"`{name}`",
+        f"{image.size}x{image.size}x{image.channels}",
+        image.num_classes or "",
+        f"{trained + network.fixed:,}",
+        f"{network.fixed:,}" if network.fixed else "",
+        f"{flops.multiply_adds(network, image) / 1e9:.2f}",
+    )
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+if __name__ == "__main__":
+    print("| preset | images | classes | parameters | of them fixed | GFLOPs |\n|---|---|---|---|---|---|")
+    for name, preset in PRESETS.items():
+        print(row(name, preset), flush=True)
