@@ -108,9 +108,9 @@ def transform(images: Array, keys: Array, probability: float) -> tuple[Array, Ar
 
 
 def draw(key: Array, probability: float) -> Change:
-    """What happens to an image: each change with `probability`, a mirror image in half of those cases.
+    """What happens to an image: each change with `probability`, upside down in half of those cases.
 
-    But left and right are exchanged in half of all images, unless `probability` is 0.
+    Left and right are exchanged in half of all images, unless `probability` is 0.
     """
     gates, normals, angles = jax.random.split(key, 3)
     p = probability
@@ -132,7 +132,7 @@ def draw(key: Array, probability: float) -> Change:
 
 
 def label_of(change: Change) -> Array:
-    """f32[9], in the order of the published networks' inputs."""
+    """Mirrors, scale, (cos - 1, sin) of the angle, stretch (cos, sin) of its axis, shifts: f32[9], in EDM's order."""
     c = change
     turned = (jnp.cos(c.angle) - 1.0, jnp.sin(c.angle))
     stretched = (c.stretch * jnp.cos(c.axis), c.stretch * jnp.sin(c.axis))

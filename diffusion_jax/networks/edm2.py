@@ -83,7 +83,7 @@ class EDM2(nn.Module):
         """See `networks.Network.apply`."""
         o = self.options
         if o.log_variance:
-            self.param("log_variance", on_sphere, (o.log_variance, 1))
+            self.param("log_variance", on_sphere, (o.log_variance, 1))  # read by the function `log_variance`
         condition = self.condition(time, label)
         last, layer = len(o.multipliers) - 1, itertools.count()
         residual_block = remat.block(Block, o.remat)

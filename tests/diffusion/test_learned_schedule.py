@@ -105,3 +105,13 @@ def test_the_bound_does_not_depend_on_the_way_but_its_variance_does(x64):
 def test_impossible_options(options):
     with pytest.raises(ValueError, match="must hold"):
         Learned(**options)
+
+
+def test_a_level_of_noise_has_one_name_whatever_the_parameters_are(schedule, x64):
+    """google-research/vdm gives its network (gamma - gamma_min) / (gamma_max - gamma_min), from -13.3 to 5.
+
+    Here sigma^2 / alpha^2 = exp(gamma) - exp(-13.3): gamma = log(exp(-logsnr) + exp(-13.3)).
+    """
+    noise = np.linspace(-5.0, 12.0, 7)  # log-SNR
+    gamma = np.log(np.exp(-noise) + np.exp(-13.3))
+    np.testing.assert_allclose(schedule.label(schedule.time(jnp.asarray(noise))), (gamma + 13.3) / 18.3, rtol=1e-6)

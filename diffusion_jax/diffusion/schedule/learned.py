@@ -109,5 +109,6 @@ class BoundLearned:
         at, slope = jax.jvp(self._warped, (t,), (jnp.ones_like(t),))
         return jnp.clip(t + (w - at) / slope, 0.0, 1.0)
 
-    def label(self, t: Array) -> Array:  # noqa: D102
-        return t
+    def label(self, t: Array) -> Array:
+        """gamma(t) on [0, 1], as in the released code: a level of noise keeps its name while the schedule moves."""
+        return self._warped(t)
