@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from diffusion_jax.errors import UserError, require
 
@@ -17,18 +17,28 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion_jax"
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all; its directory is made where it is not there."""
+@contextmanager
+def whole(file: Path) -> Iterator[BinaryIO]:
+    """Within, a stream to write to; afterwards `file` holds all of it, or is as it was where an exception was raised.
+
+    Its directory is made where it is not there.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+            yield stream
         os.chmod(partial, 0o644)  # mkstemp's files are private
         os.replace(partial, file)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all; its directory is made where it is not there."""
+    with whole(file) as stream:
+        stream.write(content)
 
 
 def check_can_write(flag: str, path: Path) -> None:

@@ -50,11 +50,15 @@ class Sampler:
 
     def draw(self, weights: Weights, seed: int, rows: Rows, count: int, options: Tree) -> np.ndarray:
         """Images uint8 [count,H,W,C], on the data's own grey levels."""
-        batches = self.batches(weights, seed, rows, count, options)
-        return np.concatenate([to_uint8(batch, self.spec.levels) for batch in batches])
+        return np.concatenate(list(self.images(weights, seed, rows, count, options)))
+
+    def images(self, weights: Weights, seed: int, rows: Rows, count: int, options: Tree) -> Iterator[np.ndarray]:
+        """The images of `draw`, uint8 [n,H,W,C] a batch: for more of them than memory should hold."""
+        for batch in self.batches(weights, seed, rows, count, options):
+            yield to_uint8(batch, self.spec.levels)
 
     def batches(self, weights: Weights, seed: int, rows: Rows, count: int, options: Tree) -> Iterator[np.ndarray]:
-        """What `act` returns for images 0 .. count - 1, each batch fetched while the next one is computed."""
+        """What `act` returns for images 0 .. count - 1, each batch handed out while the next one is computed."""
         running = None
         for start in range(0, count, self.batch_size):
             index = np.arange(start, start + self.batch_size, dtype=np.int32)

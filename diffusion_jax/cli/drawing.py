@@ -1,11 +1,11 @@
 """What `sample` and `edit` share: the flags that choose weights and sampling options, and the files they write."""
 
-import io
 import json
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
@@ -119,6 +119,8 @@ def prepare(values: flags.FlagValues, **defaults: Any) -> Drawer:
     model = open_model(values.workdir)
     rule = "give --weak_workdir too"
     require(values.weak_step is None or bool(values.weak_workdir), "--weak_step", values.weak_step, rule)
+    for name in ("autoguidance", "autoguidance_rules"):
+        require(values[name].value is None or bool(values.weak_workdir), f"--{name}", values[name].value, rule)
     weak = weaken(values, model) if values.weak_workdir else None
     if weak:
         model = replace(model, family=weak[0])
@@ -175,20 +177,46 @@ def weaken(values: flags.FlagValues, model: "Model") -> tuple[Any, "Weights", in
 # ---------------------------------------------------------------------------------------------- files
 
 
-def write(out: Path, about: dict[str, Any], per_row: int = 10, **columns: np.ndarray | None) -> None:
-    """Write a samples file of `columns`, or for a .png a grid of those called `images`: whole or not at all.
+Column = np.ndarray | Iterator[np.ndarray]
+"""An array, or its rows a batch at a time."""
 
-    Columns that are None are left out; the grid has `per_row` images in a row.
+
+def write(out: Path, about: dict[str, Any], count: int, images: Iterator[np.ndarray], **others: Column | None) -> None:
+    """Write a samples file, or for a .png a grid of its images: whole or not at all.
+
+    A batch goes to the .npz as it arrives, while the device makes the next one; memory does not grow with `count`.
+
+    Args:
+      out: the file.
+      about: plain JSON: what the images are made with.
+      count: number of rows of every column.
+      images: uint8 [n,H,W,C] a batch.
+      others: columns beside them, by name; those that are None are left out.
     """
     from diffusion_jax.cli import pictures
 
     if out.suffix == ".png":
-        files.write_whole(out, pictures.png(columns["images"], per_row))
+        files.write_whole(out, pictures.png(np.concatenate(list(images))))
         return
-    buffer = io.BytesIO()
-    present = {name: column for name, column in columns.items() if column is not None}
-    np.savez_compressed(buffer, **present, about=np.array(json.dumps(about)))
-    files.write_whole(out, buffer.getvalue())
+    columns = {"images": images} | others | {"about": np.array(json.dumps(about))}
+    with files.whole(out) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, column in columns.items():
+            if column is not None:
+                # A member's length is not known before its end, and 50,000 images of 256x256 are more than 4 GiB.
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    write_column(member, column, count)
+
+
+def write_column(member: IO[bytes], column: Column, count: int) -> None:
+    """Write a column in numpy's .npy format: the shape stands in the header, before `count` rows have been made."""
+    if isinstance(column, np.ndarray):
+        np.lib.format.write_array(member, column, allow_pickle=False)
+        return
+    for i, batch in enumerate(column):
+        if i == 0:
+            header = {"descr": np.lib.format.dtype_to_descr(batch.dtype), "fortran_order": False}
+            np.lib.format.write_array_header_1_0(member, header | {"shape": (count, *batch.shape[1:])})
+        member.write(batch.tobytes())
 
 
 def read(flag: str, file: Path) -> tuple[np.ndarray, np.ndarray | None]:

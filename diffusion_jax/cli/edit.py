@@ -75,9 +75,9 @@ def main(argv: Sequence[str]) -> None:
 
     count = max(len(row) for row in rows.values() if row.ndim)
     sampler = Sampler(model.family.edits[name], model.spec, model.mesh, drawer.batch_size)
-    images = sampler.draw(drawer.weights, values.seed, rows, count, drawer.options)
+    images = sampler.images(drawer.weights, values.seed, rows, count, drawer.options)
     about = drawer.about | {"edit": {"name": edit} | {flag: values[flag].value for flag in sorted(READS[edit])}}
-    drawing.write(out, about, images=images, label=rows.get("label"))
+    drawing.write(out, about, count, images, label=rows.get("label"))
     print(f"{count} images in {out}")
 
 

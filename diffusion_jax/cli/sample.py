@@ -6,11 +6,12 @@ them; FILE.png is a grid. With --trajectory the .npz also holds `trajectory` flo
 stop of the solver, and the .png has a row of them for each image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import flags
 
+from diffusion_jax import files
 from diffusion_jax.cli import arguments, drawing
 from diffusion_jax.errors import UserError
 
@@ -34,23 +35,24 @@ def main(argv: Sequence[str]) -> None:
     model = drawer.model
     check_label("label", values.label, model.spec.num_classes)
 
+    from diffusion_jax.cli import pictures
     from diffusion_jax.data.source import to_uint8
     from diffusion_jax.sampling import Sampler
 
     sampler = Sampler(model.family.generate, model.spec, model.mesh, drawer.batch_size)
     rows = sampler.labels(count, values.label)
-    images = sampler.draw(drawer.weights, values.seed, rows, count, drawer.options)
+    images = sampler.images(drawer.weights, values.seed, rows, count, drawer.options)
     stops = follow(drawer, rows, values.seed, count) if values.trajectory else None
     if stops is not None and out.suffix == ".png":
-        shown = to_uint8(stops).reshape(-1, *model.spec.shape)
-        drawing.write(out, {}, per_row=stops.shape[1], images=shown)
+        shown = to_uint8(np.concatenate(list(stops)))
+        files.write_whole(out, pictures.png(shown.reshape(-1, *model.spec.shape), columns=shown.shape[1]))
     else:
-        drawing.write(out, drawer.about, images=images, label=rows.get("label"), trajectory=stops)
+        drawing.write(out, drawer.about, count, images, label=rows.get("label"), trajectory=stops)
     print(f"{count} images of step {drawer.about['step']} in {out}")
 
 
-def follow(drawer: drawing.Drawer, rows: dict[str, np.ndarray], seed: int, count: int) -> np.ndarray:
-    """x at every stop of the solver, f32[count,steps + 1,H,W,C]."""
+def follow(drawer: drawing.Drawer, rows: dict[str, np.ndarray], seed: int, count: int) -> Iterator[np.ndarray]:
+    """x at every stop of the solver, f32[n,steps + 1,H,W,C] a batch."""
     from diffusion_jax.sampling import Sampler
 
     model, steps = drawer.model, drawer.about["sample"]["steps"]
@@ -58,7 +60,7 @@ def follow(drawer: drawing.Drawer, rows: dict[str, np.ndarray], seed: int, count
         raise UserError("--trajectory: this family makes an image in one step.")
     act = lambda *args: model.family.trajectory(*args, steps)
     sampler = Sampler(act, model.spec, model.mesh, drawer.batch_size)
-    return np.concatenate(list(sampler.batches(drawer.weights, seed, rows, count, drawer.options)))
+    return sampler.batches(drawer.weights, seed, rows, count, drawer.options)
 
 
 def check_label(flag: str, label: int | None, classes: int) -> None:

@@ -95,8 +95,6 @@ class SampleSettings:
       steps: of the solver, at most `grids.MAX_STEPS`.
       guidance: weight of the conditional model against the other; 1 is the conditional one alone, 0 the other.
       rules: from `diffusion.guidance.GUIDANCE_RULES`, joined by "+"; they change what `guidance` does.
-      autoguidance: weight of the model, as `guidance` made it, against a worse one, which a command names; 1 for none.
-      autoguidance_rules: the same rules, of what `autoguidance` does.
       classifier: weight of the gradient of `family.classifier`; 0 for none.
       threshold: from `diffusion.thresholding.THRESHOLDS`, what keeps x0 in range at every step.
       temperature: standard deviation of the noise at the start, over the schedule's own; a little above 1 gives back
@@ -108,18 +106,34 @@ class SampleSettings:
     steps: int = 20
     guidance: float = 1.0
     rules: str = ""
-    autoguidance: float = 1.0
-    autoguidance_rules: str = ""
     classifier: float = 0.0
     threshold: str = "static"
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
         require(1 <= self.steps <= MAX_STEPS, "sample.steps", self.steps, f"must lie in [1, {MAX_STEPS}]")
-        for name in ("guidance", "autoguidance", "classifier"):
+        for name in ("guidance", "classifier"):
             weight = getattr(self, name)
             require(0.0 <= weight < jnp.inf, f"sample.{name}", weight, "must be a number from 0 on")
         require(0.0 < self.temperature < jnp.inf, "sample.temperature", self.temperature, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoguidedSettings(SampleSettings):
+    """The same for a model beside a worse one, which a command names.
+
+    Attributes:
+      autoguidance: weight of the model, as `guidance` made it, against the worse one; 1 is the model alone.
+      autoguidance_rules: as `rules`, of what `autoguidance` does.
+    """
+
+    autoguidance: float = 1.0
+    autoguidance_rules: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fine = 0.0 <= self.autoguidance < jnp.inf
+        require(fine, "sample.autoguidance", self.autoguidance, "must be a number from 0 on")
 
 
 @jax.tree_util.register_dataclass
@@ -378,8 +392,13 @@ class Model:
 
     def sampling(self, section: Mapping[str, Any]) -> Options:
         """Check the config's `sample` section and make it options of `generate`."""
-        settings = from_section(SampleSettings, section, "sample")
-        rules = self.rules(settings)
+        settings = from_section(AutoguidedSettings if self.weak else SampleSettings, section, "sample")
+        away, away_rules = (settings.autoguidance, settings.autoguidance_rules) if self.weak else (1.0, "")
+        labels = bool(self.spec.num_classes and self.label_dropout)
+        rule = "must be 1 for a model without labels or label_dropout"
+        require(settings.guidance == 1.0 or labels, "sample.guidance", settings.guidance, rule)
+        rule = "must be empty for a model without labels or label_dropout"
+        require(not settings.rules or labels, "sample.rules", settings.rules, rule)
         rule = "must be 0 for a model without family.classifier"
         require(settings.classifier == 0.0 or self.classifier, "sample.classifier", settings.classifier, rule)
         grid = plugs.build("sample.grid", settings.grid, GRIDS)
@@ -388,32 +407,25 @@ class Model:
         rule = f"the grid {settings.grid} has no more than {grid.most} stops"
         require(settings.steps <= grid.most, "sample.steps", settings.steps, rule)
         solver = plugs.build("sample.solver", settings.solver, SOLVERS)
-        for name, chosen in rules.items():
-            fine = isinstance(solver, DDIM) or not any(isinstance(rule, guidance.CFGPlusPlus) for rule in chosen)
-            require(fine, f"sample.{name}", getattr(settings, name), "cfg_pp is a method for the solver ddim")
         return Options(
             solver=solver,
             times=grid(self.begun, jnp.int32(settings.steps)),
             of_noise=jnp.bool_(grid.of_noise),
             steps=jnp.int32(settings.steps),
             guidance=jnp.float32(settings.guidance),
-            rules=rules["rules"],
-            autoguidance=jnp.float32(settings.autoguidance),
-            autoguidance_rules=rules["autoguidance_rules"],
+            rules=_rules("sample.rules", settings.rules, solver),
+            autoguidance=jnp.float32(away),
+            autoguidance_rules=_rules("sample.autoguidance_rules", away_rules, solver),
             classifier=jnp.float32(settings.classifier),
             threshold=plugs.build("sample.threshold", settings.threshold, THRESHOLDS),
             temperature=jnp.float32(settings.temperature),
         )
 
-    def rules(self, settings: SampleSettings) -> dict[str, tuple[guidance.Rule, ...]]:
-        """The rules of both guidances by field; each guidance needs its second model."""
-        built = {}
-        for name, field, second, lack in (
-            ("guidance", "rules", self.spec.num_classes and self.label_dropout, "without labels or label_dropout"),
-            ("autoguidance", "autoguidance_rules", self.weak, "without a worse one beside it (--weak_workdir)"),
-        ):
-            weight, text = getattr(settings, name), getattr(settings, field)
-            require(weight == 1.0 or bool(second), f"sample.{name}", weight, f"must be 1 for a model {lack}")
-            require(not text or bool(second), f"sample.{field}", text, f"must be empty for a model {lack}")
-            built[field] = plugs.build_all(f"sample.{field}", text, guidance.GUIDANCE_RULES)
-        return built
+
+def _rules(field: str, text: str, solver: Solver) -> tuple[guidance.Rule, ...]:
+    """The rules of guidance that `text` names."""
+    rules = plugs.build_all(field, text, guidance.GUIDANCE_RULES)
+    plain_ddim = isinstance(solver, DDIM) and solver.eta == 0.0
+    fine = plain_ddim or not any(isinstance(rule, guidance.CFGPlusPlus) for rule in rules)
+    require(fine, field, text, "cfg_pp is a method for the solver ddim with eta = 0")
+    return rules

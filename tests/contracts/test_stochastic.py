@@ -519,8 +519,8 @@ def test_a_learned_spread_is_taken_pixel_by_pixel_unless_a_variance_is_given(x64
         fixed = noise(SOLVERS["ddpm"](variance=float(value)), None)
         np.testing.assert_allclose(learned[:, pixel], fixed[:, pixel], rtol=1e-12)
     given = SOLVERS["ddpm"](variance=0.7)
-    np.testing.assert_array_equal(noise(given, spread), noise(given, None))
-    np.testing.assert_array_equal(noise(SOLVERS["ddpm"](), None), noise(SOLVERS["ddpm"](variance=0.0), None))
+    np.testing.assert_allclose(noise(given, spread), noise(given, None), rtol=1e-14)
+    np.testing.assert_allclose(noise(SOLVERS["ddpm"](), None), noise(SOLVERS["ddpm"](variance=0.0), None), rtol=1e-14)
 
 
 # ------------------------------------------------------------------------------------------ options

@@ -27,7 +27,7 @@ from tests.contracts.closed_form import mixture
 
 NULL = 9
 NAMES = ("vp_linear", "cosine", "edm", "rectified_flow")
-RULES = ("interval(low=0.3,high=3.0)", "rescaled(phi=0.6)", "apg(eta=0.2,norm=1.5)", "cfg_pp")
+RULES = ("interval(low=0.3,high=3.0)", "rescaled(phi=0.6)", "apg(eta=0.2,norm=1.5,momentum=-0.5)", "cfg_pp")
 
 
 def of(schedule, mean, std):
@@ -302,6 +302,26 @@ def test_an_interval_is_one_of_sigma_over_alpha(schedule, x64):
         got = compiled(flow, text)(x, jnp.float64(0.5), label, weight)
         expected = compiled(flow)(x, jnp.float64(0.5), label, weight if inside else jnp.float64(1.0))
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("others", ["apg(momentum=-0.5)", "rescaled(phi=1.0)", "cfg_pp"])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_interval_closes_guidance_wherever_it_stands(others, first, x64):
+    """Image by image where each has its own time: outside, the conditional model's answer and the memory as it was."""
+    schedule, x = SCHEDULES["rectified_flow"](), jax.random.normal(jax.random.key(4), (3, 2, 2, 1))
+    conditional = of(schedule, 0.4, 0.3)
+    interval = "interval(low=0.5,high=2.0)"
+    rules = rules_of(interval, others) if first else rules_of(others, interval)
+    run = guide(strong_and_weak(conditional, of(schedule, 0.0, 0.8)), schedule, jnp.float64(3.0), rules)
+    t = jnp.asarray([0.1, 0.5, 0.9])  # sigma / alpha = 1/9, 1, 9
+    memory = jax.tree.map(lambda m: m + 7.0, run.begin(x))
+    d, renewed = run.recall(x, t, memory)
+    for i, inside in enumerate((False, True, False)):
+        same = np.array_equal(d.x0[i], conditional(x, t).x0[i]) and np.array_equal(d.eps[i], conditional(x, t).eps[i])
+        assert same != inside
+        assert all(
+            np.array_equal(a[i], b[i]) != inside for a, b in zip(*map(jax.tree.leaves, (memory, renewed)), strict=True)
+        )
 
 
 def point(seed=3, weight=4.0, ratio=0.5):

@@ -94,6 +94,9 @@ def guide(pair: Pair, schedule: Schedule, weight: Array, rules: Sequence[Rule] =
     def recall(x: Array, t: Array, memory: Tree) -> tuple[Denoised, Tree]:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         before, memories = memory
+        alone = (weight == 1.0) & all(rule.idle_at_one for rule in rules)
+        for rule in rules:
+            alone = alone | rule.closed(sigma / alpha)
 
         def by_one() -> tuple[Denoised, Tree]:
             d, after = pair.conditional.recall(x, t, before)
@@ -106,11 +109,10 @@ def guide(pair: Pair, schedule: Schedule, weight: Array, rules: Sequence[Rule] =
             for rule, memory in zip(rules, memories, strict=True):
                 d, memory = rule.recall(point, d, memory)
                 renewed.append(memory)
-            return d, (after, tuple(renewed))
+            # Each image has its own t, and the conditional model is the result for some of them only.
+            keep = lambda old, new: jnp.where(over(alone, new) > 0.0, old, new)
+            return jax.tree.map(keep, conditional, d), (after, jax.tree.map(keep, memories, tuple(renewed)))
 
-        alone = weight == 1.0
-        for rule in rules:
-            alone = rule.alone(alone, sigma / alpha)
         return jax.lax.cond(jnp.all(alone), by_one, by_both)
 
     return Guided(begin=begin, recall=recall)

@@ -3,9 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from diffusion_jax.diffusion.broadcast import over
@@ -43,14 +42,12 @@ class Rule(ABC):
         """A new result, and what is remembered at the next step."""
         return self(point, guided), memory
 
-    def alone(self, before: Array, ratio: Array) -> Array:
-        """Whether the conditional model is the result, so that the other need not be asked: bool[] or bool[n].
+    idle_at_one: ClassVar[bool] = True
+    """Whether the conditional model is the result at weight 1, so that the other need not be asked."""
 
-        Args:
-          before: whether it was the result before this rule.
-          ratio: sigma / alpha, f32[] or f32[n].
-        """
-        return before
+    def closed(self, ratio: Array) -> Array:
+        """Where sigma / alpha f32[] or f32[n] closes all guidance, whatever other rules say: bool[] or bool[n]."""
+        return jnp.zeros_like(ratio, bool)
 
     @abstractmethod
     def __call__(self, point: Point, guided: Denoised) -> Denoised:
@@ -62,7 +59,8 @@ class Rule(ABC):
 class Interval(Rule):
     """Guide where low < sigma / alpha <= high only (Kynkaanniemi et al. 2024, whose alpha is 1).
 
-    Elsewhere the conditional model is the result and is evaluated alone. low = high covers nothing.
+    Elsewhere the conditional model is the result and is evaluated alone, wherever in the list of rules this one stands.
+    low = high covers nothing.
     """
 
     low: float = 0.0
@@ -72,13 +70,11 @@ class Interval(Rule):
         if isinstance(self.low, float) and isinstance(self.high, float) and not 0.0 <= self.low <= self.high:
             raise ValueError(f"needs 0 <= low <= high, not {self.low} and {self.high}")
 
-    def alone(self, before: Array, ratio: Array) -> Array:  # noqa: D102
-        return before | (ratio <= self.low) | (ratio > self.high)
+    def closed(self, ratio: Array) -> Array:  # noqa: D102
+        return (ratio <= self.low) | (ratio > self.high)
 
     def __call__(self, point: Point, guided: Denoised) -> Denoised:  # noqa: D102
-        outside = self.alone(jnp.bool_(False), point.sigma / point.alpha)
-        select = lambda c, g: jnp.where(over(outside, g) > 0.0, c, g)
-        return jax.tree.map(select, point.conditional, guided)
+        return guided
 
 
 @pytree
@@ -160,8 +156,7 @@ class CFGPlusPlus(Rule):
     it takes from x0 and gives to eps, as ever.
     """
 
-    def alone(self, before: Array, ratio: Array) -> Array:  # noqa: D102
-        return jnp.zeros_like(before)
+    idle_at_one = False
 
     def __call__(self, point: Point, guided: Denoised) -> Denoised:  # noqa: D102
         return guided._replace(eps=point.other.eps)

@@ -45,5 +45,5 @@ SOLVERS = {
 
 def draws_noise(solver: Solver) -> bool:
     """Whether a solver is of an SDE: one of an ODE can be walked backwards, from an image to its noise."""
-    always = (DDPM, EulerMaruyama, FlowSDE, PredictorCorrector, SDEDPMpp2M)
-    return isinstance(solver, always) or any(getattr(solver, name, 0.0) > 0.0 for name in ("eta", "churn"))
+    always = (DDPM, EulerMaruyama, PredictorCorrector, SDEDPMpp2M)
+    return isinstance(solver, always) or any(getattr(solver, name, 0.0) > 0.0 for name in ("eta", "churn", "diffusion"))

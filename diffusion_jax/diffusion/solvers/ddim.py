@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
-from diffusion_jax import rng
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule
 from diffusion_jax.diffusion.solvers.base import pytree
+from diffusion_jax.diffusion.solvers.kernel import with_noise
 from diffusion_jax.types import Array, Denoiser
 
 
@@ -40,5 +39,4 @@ class DDIM:
         # sqrt(sigma_s^2 - noise^2), written so that it neither cancels nor rounds to below 0 where alpha_t is next to 0
         kept = sigma_s * jnp.sqrt(1.0 - self.eta**2 + self.eta**2 * jnp.minimum(snr_ratio, 1.0))
         x = over(schedule.alpha(s), x) * d.x0 + over(kept, x) * d.eps
-        add = lambda x: x + over(noise, x) * rng.normal(keys, x.shape[1:], x.dtype)
-        return jax.lax.cond(noise > 0.0, add, lambda x: x, x), carry
+        return with_noise(x, noise, keys), carry

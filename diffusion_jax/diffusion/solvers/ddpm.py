@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from diffusion_jax import rng
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule
 from diffusion_jax.diffusion.solvers.base import pytree
-from diffusion_jax.diffusion.solvers.kernel import forward_kernel
+from diffusion_jax.diffusion.solvers.kernel import forward_kernel, with_noise
 from diffusion_jax.types import Array, Denoiser
 
 
@@ -46,4 +45,4 @@ class DDPM:
         mean = over(schedule.alpha(s), x) * d.x0 + over(jnp.sqrt(r), x) * sigma_s * d.eps
         v = jnp.where(jnp.isnan(self.variance), 0.0 if d.spread is None else d.spread, self.variance).astype(x.dtype)
         noise = jnp.where(s > 0.0, over(jnp.sqrt(1.0 - r), x) * sigma_s ** (1.0 - v) * sigma_t**v, 0.0)
-        return mean + noise * rng.normal(keys, x.shape[1:], x.dtype), carry
+        return with_noise(mean, noise, keys), carry

@@ -3,15 +3,13 @@
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
-from diffusion_jax import rng
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule, logsnr
 from diffusion_jax.diffusion.solvers.base import pytree
 from diffusion_jax.diffusion.solvers.heun import Heun
-from diffusion_jax.diffusion.solvers.kernel import forward_kernel
+from diffusion_jax.diffusion.solvers.kernel import forward_kernel, with_noise
 from diffusion_jax.types import Array, Denoiser
 
 
@@ -51,6 +49,5 @@ class EDMStochastic:
         higher = jnp.where(churned & (higher > t), higher, t)  # t to the bit where nothing is added
         a, r = forward_kernel(schedule, t, higher)
         noise = self.s_noise * schedule.sigma(higher) * jnp.sqrt(1.0 - r)
-        add = lambda x: over(a, x) * x + over(noise, x) * rng.normal(keys, x.shape[1:], x.dtype)
-        x = jax.lax.cond(higher > t, add, lambda x: x, x)
+        x = with_noise(over(a, x) * x, noise, keys)
         return Heun().step(denoise, schedule, x, higher, s, carry, keys)

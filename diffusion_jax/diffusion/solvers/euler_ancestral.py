@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from diffusion_jax import rng
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule
 from diffusion_jax.diffusion.solvers.base import pytree
 from diffusion_jax.diffusion.solvers.euler import Euler
-from diffusion_jax.diffusion.solvers.kernel import forward_kernel
+from diffusion_jax.diffusion.solvers.kernel import forward_kernel, with_noise
 from diffusion_jax.types import Array, Denoised, Denoiser
 
 
@@ -44,4 +43,4 @@ class EulerAncestral:
         down = sigma_s * jnp.sqrt(jnp.maximum(0.0, 1.0 - self.eta**2 + self.eta**2 * r))
         # Euler's step has arrived at alpha_s x0 + sigma_s eps: the eps in it falls to `down`
         x = x + over(down - sigma_s, x) * d.eps
-        return x + over(up, x) * rng.normal(keys, x.shape[1:], x.dtype), carry
+        return with_noise(x, up, keys), carry

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from diffusion_jax import rng
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule
 from diffusion_jax.diffusion.solvers.base import pytree
-from diffusion_jax.diffusion.solvers.kernel import forward_kernel
+from diffusion_jax.diffusion.solvers.kernel import forward_kernel, with_noise
 from diffusion_jax.types import Array, Denoiser
 
 
@@ -32,7 +31,7 @@ class EulerMaruyama:
     ) -> tuple[Array, tuple]:
         d = denoise(x, t)
         a, r = forward_kernel(schedule, s, t)
-        g = schedule.sigma(t) * jnp.sqrt(1.0 - r)
+        g = jnp.where(s > 0.0, schedule.sigma(t) * jnp.sqrt(1.0 - r), 0.0)
         score_step = over(schedule.sigma(t) * (1.0 - r), x) * d.eps  # -g^2 score
-        moved = over(2.0 - a, x) * x - score_step + over(g, x) * rng.normal(keys, x.shape[1:], x.dtype)
-        return jnp.where(s > 0.0, moved, over(schedule.alpha(s), x) * d.x0), carry
+        moved = jnp.where(s > 0.0, over(2.0 - a, x) * x - score_step, over(schedule.alpha(s), x) * d.x0)
+        return with_noise(moved, g, keys), carry

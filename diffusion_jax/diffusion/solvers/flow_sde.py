@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from diffusion_jax import rng
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule
 from diffusion_jax.diffusion.solvers.base import pytree
+from diffusion_jax.diffusion.solvers.kernel import with_noise
 from diffusion_jax.diffusion.straight import Straight
 from diffusion_jax.types import Array, Denoiser
 
@@ -39,4 +39,4 @@ class FlowSDE:
         x = frame.move(x, t, s, frame.slope(d) + 0.5 * diffusion * d.eps)
         w = over(frame.time(t), x) * diffusion
         noise = over(frame.scale(s), x) * jnp.sqrt(w * over(frame.time(t) - frame.time(s), x))
-        return x + noise * rng.normal(keys, x.shape[1:], x.dtype), carry
+        return with_noise(x, noise, keys), carry

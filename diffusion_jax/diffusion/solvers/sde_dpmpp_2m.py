@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from diffusion_jax import rng
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule
 from diffusion_jax.diffusion.solvers.base import pytree
-from diffusion_jax.diffusion.solvers.kernel import forward_kernel
+from diffusion_jax.diffusion.solvers.kernel import forward_kernel, with_noise
 from diffusion_jax.diffusion.solvers.log_steps import log_step
 from diffusion_jax.diffusion.solvers.memory import Memory, empty, ratio
 from diffusion_jax.types import Array, Denoiser
@@ -40,5 +39,4 @@ class SDEDPMpp2M:
         h = log_step(schedule, t, s)  # 0 where it is infinite
         ahead = over(0.5 * ratio(h, carry.steps[0]), x) * (d.x0 - carry.values[0])
         mean = over(alpha_s, x) * (d.x0 + over(1.0 - r, x) * ahead) + over(sigma_s * jnp.sqrt(r), x) * d.eps
-        noise = over(sigma_s * jnp.sqrt(1.0 - r), x) * rng.normal(keys, x.shape[1:], x.dtype)
-        return mean + noise, carry.push(d.x0, h)
+        return with_noise(mean, sigma_s * jnp.sqrt(1.0 - r), keys), carry.push(d.x0, h)
