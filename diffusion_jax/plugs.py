@@ -7,6 +7,7 @@ that the chosen implementation does not have cannot linger unread: it is an erro
 import ast
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -18,6 +19,13 @@ SCALARS = (int, float, bool, str)
 _FORM = re.compile(r"^\s*([\w./-]+)\s*(?:\((.*)\))?\s*$", re.DOTALL)
 
 
+class _Infinity(ast.NodeTransformer):
+    """Makes the bare word `inf`, which Python's literals lack, the number."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(math.inf) if node.id == "inf" else node
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`"did you mean 'heun'? Known: ddim, euler, heun"`: the tail of every sentence about an unknown name."""
     known = sorted(known)
@@ -26,7 +34,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def parse(field: str, text: str) -> tuple[str, dict[str, Any]]:
-    """Split `"name(option=value, ...)"` into the name and its options (Python literals).
+    """Split `"name(option=value, ...)"` into the name and its options (Python literals, and `inf`).
 
     Raises:
       UserError: naming `field`, where `text` does not have that form.
@@ -39,7 +47,7 @@ def parse(field: str, text: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({arguments or ''})", mode="eval").body
         if call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError
-        return name, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return name, {keyword.arg: ast.literal_eval(_Infinity().visit(keyword.value)) for keyword in call.keywords}
     except (ValueError, SyntaxError, AttributeError):
         raise UserError(f"{field} = {text!r}: write a name, or name(option=value, ...).") from None
 
@@ -62,11 +70,17 @@ def build(field: str, text: str, table: Mapping[str, Callable[..., T]], **given:
 
 def build_all(field: str, texts: str, table: Mapping[str, Callable[..., T]]) -> tuple[T, ...]:
     """Build each of the rows that `"interval(high=2.0) + rescaled"` names, in their order; none for an empty string."""
-    return tuple(build(field, text, table) for text in re.split(r"\+(?![^(]*\))", texts) if texts.strip())
+    rows = re.split(r"\+(?![^(]*\))", texts) if texts.strip() else []
+    if not all(text.strip() for text in rows):
+        raise UserError(f"{field} = {texts!r}: write a name on each side of a +.")
+    return tuple(build(field, text, table) for text in rows)
 
 
 def call(field: str, maker: Callable[..., T], options: Mapping[str, Any], *, label: str, **given: Any) -> T:
-    """Call `maker(**options, **given)` after checking the options' names and types against its signature."""
+    """Call `maker(**options, **given)` after checking the options' names and types against its signature.
+
+    A number must be finite, but for an option that is infinite where it is left out.
+    """
     parameters = inspect.signature(maker).parameters
     known = [key for key in parameters if key not in given and key != "self"]
     checked = {}
@@ -74,6 +88,8 @@ def call(field: str, maker: Callable[..., T], options: Mapping[str, Any], *, lab
         if key not in known:
             raise UserError(f"{field}: {label} has no option {key!r}; {suggest(key, known)}.")
         checked[key] = coerce(f"{field}: option {key!r} of {label}", value, _kind(parameters[key]))
+        if _infinite(checked[key]) and not _infinite(parameters[key].default):
+            raise UserError(f"{field}: option {key!r} of {label} = {checked[key]}: must be finite.")
     missing = [k for k in known if k not in checked and parameters[k].default is inspect.Parameter.empty]
     if missing:
         raise UserError(f"{field}: {label} needs the option {missing[0]!r}.")
@@ -81,6 +97,10 @@ def call(field: str, maker: Callable[..., T], options: Mapping[str, Any], *, lab
         return maker(**checked, **{key: value for key, value in given.items() if key in parameters})
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{field}: {label}: {error}.") from None
+
+
+def _infinite(value: Any) -> bool:
+    return isinstance(value, float) and math.isinf(value)
 
 
 def _kind(parameter: inspect.Parameter) -> Any:

@@ -1,5 +1,6 @@
 """What `sample` and `edit` share: the flags that choose weights and sampling options, and the files they write."""
 
+import ast
 import json
 import zipfile
 from collections.abc import Iterator
@@ -32,16 +33,22 @@ CHANGES = (
 )
 """Flags that change the field of that name in the config's `sample` section."""
 
-ROWS = {
-    "solver": (
-        "ddim, ddpm, dpm_solver_3, dpmpp_2m, dpmpp_2s, dpmpp_3m, edm, euler, euler_ancestral, euler_maruyama, "
-        "exponential_3m, flow_sde, heun, lms, pndm, predictor_corrector, rk45, sde_dpmpp_2m, unipc"
-    ),
-    "grid": "cosine, custom, discrete, karras, logsnr_uniform, quadratic, shifted, uniform",
-    "rules": "apg, cfg_pp, interval, rescaled",
-    "threshold": "dynamic, none, static",
+TABLES = {
+    "solver": ("solvers/__init__.py", "SOLVERS"),
+    "grid": ("grids.py", "GRIDS"),
+    "rules": ("guidance/__init__.py", "GUIDANCE_RULES"),
+    "threshold": ("thresholding.py", "THRESHOLDS"),
 }
-"""Flag -> the rows of its table, for --help, which does not wait for jax; a test compares them with the tables."""
+"""Flag -> (the file of `diffusion_jax/diffusion` that writes its table down, the table)."""
+
+
+def rows(flag: str) -> str:
+    """The names in a flag's table, for --help: read and not imported, for that would wait for jax."""
+    file, table = TABLES[flag]
+    code = ast.parse((Path(__file__).parents[1] / "diffusion" / file).read_bytes())
+    assigned = (node for node in code.body if isinstance(node, ast.Assign))
+    (keys,) = (node.value.keys for node in assigned if ast.unparse(node.targets[0]) == table)
+    return ", ".join(sorted(key.value for key in keys))
 
 
 def define(values: flags.FlagValues) -> None:
@@ -50,17 +57,17 @@ def define(values: flags.FlagValues) -> None:
     string("workdir", "the directory of a trained run")
     string("out", "the file to write, FILE.npz or FILE.png")
     flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
-    string("solver", f"such as heun or 'ddim(eta=1.0)'; the config's where left out. Rows: {ROWS['solver']}")
-    string("grid", f"such as uniform or 'custom(times=(1.0,0.5))'; the config's where left out. Rows: {ROWS['grid']}")
+    string("solver", f"such as heun or 'ddim(eta=1.0)'; the config's where left out. Rows: {rows('solver')}")
+    string("grid", f"such as uniform or 'custom(times=(1.0,0.5))'; the config's where left out. Rows: {rows('grid')}")
     flags.DEFINE_integer(
         "steps", None, "of the solver; those of a custom --grid, or the config's, where left out", flag_values=values
     )
     flags.DEFINE_float("guidance", None, "guidance weight; the config's where left out", flag_values=values)
-    string("rules", f"of guidance, such as 'interval+rescaled'; the config's where left out. Rows: {ROWS['rules']}")
+    string("rules", f"of guidance, such as 'interval+rescaled'; the config's where left out. Rows: {rows('rules')}")
     flags.DEFINE_float("autoguidance", None, "weight against the model of --weak_workdir", flag_values=values)
     string("autoguidance_rules", "of autoguidance, as --rules")
     flags.DEFINE_float("classifier", None, "weight of the classifier's gradient", flag_values=values)
-    string("threshold", f"such as 'dynamic(quantile=0.99)'; the config's where left out. Rows: {ROWS['threshold']}")
+    string("threshold", f"such as 'dynamic(quantile=0.99)'; the config's where left out. Rows: {rows('threshold')}")
     flags.DEFINE_float(
         "temperature", None, "of the noise at the start; the config's where left out", flag_values=values
     )
@@ -155,19 +162,21 @@ def steps_of(grid: str | None) -> dict[str, int]:
 
 def weaken(values: flags.FlagValues, model: "Model") -> tuple[Any, "Weights", int]:
     """(the family under autoguidance, the worse model's weights, their step)."""
-    from diffusion_jax.cli.workdir import load_weights, open_model
+    from diffusion_jax import plugs
+    from diffusion_jax.cli.workdir import completed, load_weights, open_model
+    from diffusion_jax.diffusion.schedule import SCHEDULES, Learned
 
     weak = open_model(values.weak_workdir, "weak_workdir")
     require(
         model.family.guided_by is not None, "--weak_workdir", values.weak_workdir, "this family has no autoguidance"
     )
-    for field in ("name", "schedule"):
-        ours, theirs = model.config["family"].get(field), weak.config["family"].get(field)
+    schedule = lambda text: plugs.build("family.schedule", text, SCHEDULES | {"learned": Learned})
+    for field, of in (("name", str), ("schedule", schedule)):
+        ours, theirs = (completed(each.config)["family"][field] for each in (model, weak))
         rule = f"its family.{field} is {theirs!r}; autoguidance needs the model's own, {ours!r}"
-        require(ours == theirs, "--weak_workdir", values.weak_workdir, rule)
+        require(of(ours) == of(theirs), "--weak_workdir", values.weak_workdir, rule)
     rule = "its schedule is learned, and so another than the model's"
-    learned = str(weak.config["family"].get("schedule")).startswith("learned")
-    require(not learned, "--weak_workdir", values.weak_workdir, rule)
+    require(not isinstance(schedule(theirs), Learned), "--weak_workdir", values.weak_workdir, rule)
     same = (weak.spec.shape, weak.spec.num_classes) == (model.spec.shape, model.spec.num_classes)
     require(same, "--weak_workdir", values.weak_workdir, "its images are of another size, or its classes others")
     weights, step = load_weights(weak, values.weak_workdir, weak.settings.sample.ema, values.weak_step, "weak_")

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     if name not in model.family.edits:
         raise UserError(f"--edit={edit}: the family {model.family.name} does not have it.")
     if edit in ("translate", "interpolate"):
-        require_ode(drawer)
+        require_ode(drawer, encodes=name != "interpolate_seeds")
     if name in ("translate", "interpolate_images"):
         rule = "means nothing where no noise is drawn"
         require(values.temperature is None, "--temperature", values.temperature, rule)
@@ -93,8 +93,8 @@ def check(values: flags.FlagValues) -> str:
     for name in sorted(own - READS[edit]):
         require(values[name].value is None, f"--{name}", values[name].value, f"{edit} does not read this flag")
     if edit == "interpolate":
-        rule = "give two seeds, such as --seeds=0,1, or two --images, and not both"
-        require((values.images is None) != (values.seeds is None), "--seeds", values.seeds, rule)
+        rule = "needs two seeds, such as --seeds=0,1, or two --images, and not both"
+        require((values.images is None) != (values.seeds is None), "--edit", edit, rule)
     else:
         arguments.required(values, "images")
     if edit == "inpaint":
@@ -102,7 +102,9 @@ def check(values: flags.FlagValues) -> str:
     if values.seeds is not None:
         fine = len(values.seeds) == 2 and all(seed.isdigit() and int(seed) < 2**32 for seed in values.seeds)
         require(fine, "--seeds", ",".join(values.seeds), "must be two whole numbers from 0 to 2^32 - 1")
-    for name, low, high in (("strength", 1e-6, 1.0), ("resamplings", 1, 10_000), ("frames", 2, 10_000)):
+    fine = values.strength is None or 0.0 < values.strength <= 1.0
+    require(fine, "--strength", values.strength, "must be above 0 and at most 1")
+    for name, low, high in (("resamplings", 1, 10_000), ("frames", 2, 10_000)):
         value = values[name].value
         require(value is None or low <= value <= high, f"--{name}", value, f"must lie in [{low}, {high}]")
     return edit
@@ -183,9 +185,14 @@ def picture(flag: str, file: str, spec: "ImageSpec", channels: int) -> np.ndarra
         raise UserError(f"--{flag}={file}: is no picture that can be read ({error}).") from error
 
 
-def require_ode(drawer: drawing.Drawer) -> None:
-    """Raise `UserError` where the solver draws noise: there is no way back along such a path."""
+def require_ode(drawer: drawing.Drawer, encodes: bool) -> None:
+    """Raise `UserError` where the solver draws noise, or an edit `encodes` and a rule of guidance leaves it no ODE."""
+    from diffusion_jax.diffusion.guidance import CFGPlusPlus
     from diffusion_jax.diffusion.solvers import draws_noise
 
     rule = "draws noise, and an image cannot be encoded by it; take --solver=heun, ddim, dpmpp_2m or another of an ODE"
     require(not draws_noise(drawer.options.solver), "sample.solver", drawer.about["sample"]["solver"], rule)
+    for field in ("rules", "autoguidance_rules"):
+        fine = not (encodes and any(isinstance(rule, CFGPlusPlus) for rule in getattr(drawer.options, field)))
+        rule = "cfg_pp has no ODE behind it, and an image cannot be encoded by it; leave it out"
+        require(fine, f"sample.{field}", drawer.about["sample"].get(field), rule)

@@ -2,10 +2,11 @@
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
-from diffusion_jax.cli import arguments
+from diffusion_jax.cli import arguments, xla
 from diffusion_jax.errors import RunError, UserError
 from diffusion_jax.plugs import suggest
 
@@ -14,7 +15,7 @@ COMMANDS = {
     "sample": "make images with a trained model",
     "edit": "edit images with a trained model: variations, inpainting, translation, interpolation",
     "evaluate": "judge a trained model, or a file of samples, against held-out images",
-    "bench": "time compilation, training and sampling of a config",
+    "bench": "measure a config, or a network: times, multiply-adds, memory, a trace",
 }
 
 
@@ -55,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
     """The console script."""
+    xla.set_cpu_flags(os.environ)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("diffusion_jax").setLevel(logging.INFO)
     for talkative in ("absl", "orbax"):

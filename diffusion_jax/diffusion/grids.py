@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from diffusion_jax.diffusion.schedule import Schedule, logsnr
-from diffusion_jax.diffusion.schedule.wrappers import shift_time
+from diffusion_jax.diffusion.schedule.discrete import MOST_STEPS
+from diffusion_jax.diffusion.schedule.wrappers import check_shift, shift_time
 from diffusion_jax.types import Array
 
 MAX_STEPS = 1000
@@ -60,8 +61,7 @@ def cosine() -> Grid:
 
 def shifted(shift: float = 3.0) -> Grid:
     """t_i = s u / (1 + (s - 1) u), u = 1 - i / steps: more steps in the noise (Esser et al. 2024, eq. 23)."""
-    if not shift > 0.0:
-        raise ValueError(f"shift must be positive, not {shift}")
+    check_shift(shift)
     return Grid(lambda schedule, i, steps: shift_time(1.0 - i / steps, shift))
 
 
@@ -71,26 +71,37 @@ def discrete(spacing: str = "trailing", of: int = MAX_STEPS) -> Grid:
     The three spacings of Lin et al. 2023, Table 2; `leading` does not start in pure noise:
 
         leading:   k_i = (n - 1 - i) floor(T / n)
-        trailing:  k_i = round(T - i T / n) - 1
+        trailing:  k_i = round((n - i) T / n) - 1
         linspace:  k_i = round((n - 1 - i) (T - 1) / (n - 1)), and k_0 = 0 for a single step
+
+    in whole numbers, an exact half rounded to the even neighbour. (Programs that round NumPy's float64 mean the same,
+    and take the odd one where the quotient came out an ulp beside the half: linspace at n = 27 has 499 for 500.)
 
     A process of T steps has no more than T to stop at: for a larger n, which a user should be refused (`Grid.most`),
     it is `uniform`.
     """
     steps_of = {
-        "leading": lambda i, n: (n - 1.0 - i) * jnp.floor(of / n),
-        "trailing": lambda i, n: jnp.round(of * (n - i) / n) - 1.0,
-        "linspace": lambda i, n: jnp.round((n - 1.0 - i) * (of - 1) / jnp.maximum(n - 1.0, 1.0)),
+        "leading": lambda i, n: (n - 1 - i) * (of // n),
+        "trailing": lambda i, n: _rounded(of * (n - i), n) - 1,
+        "linspace": lambda i, n: _rounded((n - 1 - i) * (of - 1), jnp.maximum(n - 1, 1)),
     }
     if spacing not in steps_of:
         raise ValueError(f"spacing must be one of {', '.join(steps_of)}, not {spacing!r}")
-    if of < 1:
-        raise ValueError(f"of must be positive, not {of}")
+    if not 1 <= of <= MOST_STEPS:  # times MAX_STEPS it is an int32
+        raise ValueError(f"of must lie in [1, {MOST_STEPS}], not be {of}")
 
     def times(schedule: Schedule, i: Array, n: Array) -> Array:
-        return jnp.where(n <= of, (steps_of[spacing](i, n) + 1.0) / of, 1.0 - i / n)
+        k = steps_of[spacing](i.astype(jnp.int32), n.astype(jnp.int32))
+        return jnp.where(n <= of, (k + 1).astype(i.dtype) / of, 1.0 - i / n)
 
     return Grid(times, most=min(of, MAX_STEPS))
+
+
+def _rounded(a: Array, b: Array) -> Array:
+    """round(a / b) of whole numbers, b > 0; a half goes to the even neighbour."""
+    down, rest = a // b, a % b
+    up = (2 * rest > b) | ((2 * rest == b) & (down % 2 == 1))
+    return down + up.astype(down.dtype)
 
 
 def custom(times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)) -> Grid:
@@ -112,15 +123,21 @@ def custom(times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)) -> Grid:
 def karras(rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Grid:
     """Equal steps in (sigma/alpha)^(1/rho) from sigma_max to sigma_min, then 0 (Karras et al. 2022, eq. 5).
 
+        log sigma_i = log sigma_max + rho log(1 + r_i (q - 1)),    q = (sigma_min / sigma_max)^(1/rho),
+
+    with r_i = 0 ... 1. So written, nothing overflows where rho is small; a large one gives equal steps of log sigma.
     It starts at the schedule's own sigma(1) / alpha(1) where that is less.
     """
-    if not (rho > 0.0 and 0.0 < sigma_min < sigma_max):
-        raise ValueError(f"needs rho > 0 and 0 < sigma_min < sigma_max, not {rho}, {sigma_min} and {sigma_max}")
+    if not 0.0 < rho <= 1e6:
+        raise ValueError(f"rho must lie in (0, 1e6], not be {rho}; from there on take logsnr_uniform")
+    if not 1e-6 <= sigma_min < sigma_max <= 1e4:  # beyond, float32 does not tell times from 0, or from 1
+        raise ValueError(f"1e-6 <= sigma_min < sigma_max <= 1e4 must hold, not {sigma_min} and {sigma_max}")
 
     def times(schedule: Schedule, i: Array, steps: Array) -> Array:
-        largest = jnp.minimum(sigma_max, jnp.exp(-0.5 * _end(schedule)))
-        high, low = largest ** (1.0 / rho), sigma_min ** (1.0 / rho)
-        return _at(schedule, -2.0 * rho * jnp.log(high + _ramp(i, steps) * (low - high)))
+        first, last = jnp.minimum(math.log(sigma_max), -0.5 * _end(schedule)), math.log(sigma_min)
+        ramp, q_less_1 = _ramp(i, steps), jnp.expm1((last - first) / rho)
+        log_sigma = first + rho * jnp.log1p(ramp * q_less_1)
+        return _at(schedule, -2.0 * jnp.where(ramp < 1.0, log_sigma, last))
 
     return Grid(times, of_noise=True)
 
@@ -130,8 +147,8 @@ def logsnr_uniform(logsnr_min: float = -2.0 * math.log(80.0), logsnr_max: float 
 
     It starts at the schedule's own log-SNR at t = 1 where that is more. As it stands: `karras`'s ends.
     """
-    if not logsnr_min < logsnr_max:
-        raise ValueError(f"logsnr_min must be less than logsnr_max, not {logsnr_min} and {logsnr_max}")
+    if not -20.0 <= logsnr_min < logsnr_max <= 30.0:  # for the same reason as in `karras`
+        raise ValueError(f"-20 <= logsnr_min < logsnr_max <= 30 must hold, not {logsnr_min} and {logsnr_max}")
 
     def times(schedule: Schedule, i: Array, steps: Array) -> Array:
         first = jnp.maximum(logsnr_min, _end(schedule))

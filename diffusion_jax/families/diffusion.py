@@ -333,6 +333,13 @@ class Model:
 
     # ------------------------------------------------------------------------------------------ sampling
 
+    def prepared(self, weights: Weights) -> Weights:
+        """The same weights, in the form in which a loop uses them."""
+        ready = {"denoiser": self.network.prepare(weights["denoiser"])}
+        if self.classifier:
+            ready["classifier"] = self.classifier.network.prepare(weights["classifier"])
+        return {**weights, **ready}
+
     def denoise(self, weights: Weights, x: Array, t: Array, label: Array | None) -> Denoised:
         """What the plain model makes of x under labels i32[n]."""
         prediction = self.prediction(weights)
@@ -368,6 +375,7 @@ class Model:
 
     def walk(self, weights: Weights, condition: Condition, options: Options) -> Walk:
         """The way from noise to an image under `condition`."""
+        weights = self.prepared(weights)
         denoiser, schedule = self.denoiser(weights, condition, options), self.prediction(weights).schedule
         solver = guidance.carried(options.solver, denoiser, jnp.zeros((1, *self.spec.shape)))
         return Walk(denoiser, schedule, solver, self.times(schedule, options), options.steps)
@@ -385,7 +393,7 @@ class Model:
 
     def nll(self, weights: Weights, batch: Batch, key: Array) -> Array:
         """Bits per dimension f32[B] of the batch's images under their labels, without guidance or threshold."""
-        label = batch["label"] if self.spec.num_classes else None
+        label, weights = batch["label"] if self.spec.num_classes else None, self.prepared(weights)
         denoise = lambda x, t: self.denoise(weights, x, t, label)
         keys = rng.example_keys(key, batch["index"])
         return self.likelihood(denoise, self.prediction(weights).schedule, batch["image"], keys, self.spec.levels)

@@ -21,11 +21,16 @@ def _walk(model: Any, weights: Weights, inputs: Inputs, options: Tree, label: st
     return model.walk(weights, {"label": inputs[label]} if label in inputs else {}, options)
 
 
+def _noise(model: Any, keys: Array, options: Tree) -> Array:
+    """Other noise than `generate` draws by the same keys: with that, a sample would come back as it was."""
+    return model.noise(rng.fold(keys, 2), options)
+
+
 def img2img(model: Any, weights: Weights, keys: Array, inputs: Inputs, options: Tree) -> Array:
     """Noise `image` to the time `strength` f32[] and walk down from there, under `label`."""
     walk = _walk(model, weights, inputs, options)
     return jnp.clip(
-        editing.vary(walk, inputs["image"], inputs["strength"], model.noise(keys, options), rng.fold(keys, 1)),
+        editing.vary(walk, inputs["image"], inputs["strength"], _noise(model, keys, options), rng.fold(keys, 1)),
         -1.0,
         1.0,
     )
@@ -35,7 +40,7 @@ def inpaint(model: Any, weights: Weights, keys: Array, inputs: Inputs, options: 
     """Make the pixels of `image` that are not `known` bool[n,H,W,1], under `label`, each step `resamplings` times."""
     walk = _walk(model, weights, inputs, options)
     made = editing.inpaint(
-        walk, inputs["image"], inputs["known"], model.noise(keys, options), rng.fold(keys, 1), inputs["resamplings"]
+        walk, inputs["image"], inputs["known"], _noise(model, keys, options), rng.fold(keys, 1), inputs["resamplings"]
     )
     return jnp.clip(made, -1.0, 1.0)
 

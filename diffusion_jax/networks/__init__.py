@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,21 @@ from diffusion_jax.types import Array, ImageSpec, Tree
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+class Prepared(NamedTuple):
+    """Parameters, and beside them the weights that layers make of them, in the form in which they are used."""
+
+    params: Tree
+    ready: Tree
+
+
 @dataclass(frozen=True, kw_only=True)
 class Network:
     """A pure pair.
 
     Attributes:
       init: key -> parameters, float32.
+      prepare: parameters -> what `apply` takes in their place, so that a loop does not cast or normalise weights in
+        each step. The compiler would not see to it: it moves nothing out of a branch.
       apply: (params, x f32[B,H,W,C], time f32[B] or f32[1], label i32[B] or None, keys key[B] or None,
         augment f32[B,width] or None) -> f32[B,H,W,channels_out]. `label` = num_classes stands for "no label"; `keys`
         switch dropout on; `augment` says what was done to the image, nothing where None.
@@ -32,6 +42,7 @@ class Network:
 
     init: Callable[[Array], Tree]
     apply: Callable[..., Array]
+    prepare: Callable[[Tree], Tree] = lambda params: params
     fixed: int = 0
     augment: int = 0
     log_variance: Callable[[Tree, Array], Array] | None = None
@@ -77,10 +88,11 @@ def build(
     require(not problem, field, text, problem)
     model = module(options, channels_out or spec.channels, spec.num_classes, DTYPES[precision])
 
+    label = jnp.zeros((1,), jnp.int32) if spec.num_classes else None
+    example = (jnp.zeros((1, *spec.shape)), jnp.zeros((1,)), label, None)
+
     def init(key: Array) -> Tree:
-        x = jnp.zeros((1, *spec.shape))
-        label = jnp.zeros((1,), jnp.int32) if spec.num_classes else None
-        return model.init(key, x, jnp.zeros((1,)), label, None)["params"]
+        return model.init(key, *example)["params"]
 
     width = getattr(options, "augment", 0)
 
@@ -93,10 +105,17 @@ def build(
         augment: Array | None = None,
     ) -> Array:
         given = (x, time, label, keys, augment) if width else (x, time, label, keys)
-        return model.apply({"params": params}, *given).astype(jnp.float32)
+        weights = params._asdict() if isinstance(params, Prepared) else {"params": params}
+        return model.apply(weights, *given).astype(jnp.float32)
+
+    def prepare(params: Tree) -> Prepared:
+        """By a forward pass whose result nobody asks for, so that it is not computed: see `layers.ready`."""
+        _, made = model.apply({"params": params}, *example, mutable=["ready"])
+        return Prepared(params=params, ready=made.get("ready", {}))
 
     return Network(
         init=init,
+        prepare=prepare,
         apply=jax.named_call(apply, name=name),
         augment=width,
         fixed=module.fixed(options, spec) if hasattr(module, "fixed") else 0,

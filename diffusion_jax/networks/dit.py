@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_jax.networks import layers, remat, transformer
 from diffusion_jax.networks.layers import Dense
@@ -84,7 +85,7 @@ class DiT(nn.Module):
 
         tokens = Dense(o.width, self.dtype, name="patch_in")(transformer.cut(x, o.patch))
         if not o.rope:
-            tokens = tokens + positions_2d(*grid, o.width)[None].astype(self.dtype)
+            tokens = tokens + jnp.asarray(positions_2d(*grid, o.width)[None], self.dtype)
         patches = tokens.shape[1]
         if o.registers:
             tokens = transformer.prepend(self.param("registers", NORMAL, (1, o.registers, o.width)), tokens)
@@ -101,8 +102,10 @@ class DiT(nn.Module):
         else:
             context = side_by_side(given)
 
-        rotation = transformer.angles_2d(*grid, o.width // o.heads) if o.rope else None
-        rotation = transformer.unmoved(rotation, tokens.shape[1] - patches)
+        rotation = None
+        if o.rope:
+            angles = transformer.angles_2d(*grid, o.width // o.heads)
+            rotation = transformer.turns(transformer.unmoved(angles, tokens.shape[1] - patches))
         tokens = transformer.stack(
             self.block, o.depth, tokens, keys, shared, context, rotation, policy=o.remat, scan=o.scan
         )
@@ -154,16 +157,13 @@ def side_by_side(vectors: list[Array]) -> Array:
     return jnp.stack([jnp.broadcast_to(vector, (rows, vector.shape[-1])) for vector in vectors], axis=1)
 
 
-def positions_2d(height: int, width: int, features: int) -> Array:
-    """Fixed sinusoidal positions [height * width, features]: half of the features for the column, half for the row."""
-
-    def axis(positions: Array) -> Array:
-        embedded = layers.sinusoidal(positions, features // 2)
-        cosine, sine = jnp.split(embedded, 2, axis=-1)
-        return jnp.concatenate([sine, cosine], axis=-1)  # the order of the published weights
-
-    rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
-    return jnp.concatenate([axis(columns.reshape(-1)), axis(rows.reshape(-1))], axis=-1)
+def positions_2d(height: int, width: int, features: int) -> np.ndarray:
+    """Fixed sinusoidal positions f32[height * width, features]: first those of the column, then of the row."""
+    frequencies = 10_000.0 ** (-np.arange(features // 4) / (features // 4))
+    rows, columns = np.divmod(np.arange(height * width), width)
+    angles = [place[:, None] * frequencies for place in (columns, rows)]
+    halves = [f(angle) for angle in angles for f in (np.sin, np.cos)]  # in the order of the published weights
+    return np.concatenate(halves, axis=-1).astype(np.float32)
 
 
 def size_error(options: DiTOptions, size: int) -> str:

@@ -124,7 +124,8 @@ class EDM2(nn.Module):
         width = max(o.multipliers) * o.channels
         y = Dense(width, name="time")(fourier(time, o.multipliers[0] * o.channels))
         if self.num_classes:
-            table = normalised(self.param("label", on_sphere, (self.num_classes, width)), axis=0)
+            make = lambda: normalised(self.param("label", on_sphere, (self.num_classes, width)), axis=0)
+            table = layers.ready(self, "label", make)
             y = mp_sum(y, table.at[label].get(mode="fill", fill_value=0.0), LABEL)
         return mp_silu(y)
 
@@ -200,7 +201,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., C] -> [..., features]."""
-        kernel = unit(self.param("kernel", on_sphere, (x.shape[-1], self.features))).astype(self.dtype)
+        kernel = ready_unit(self, (x.shape[-1], self.features))
         y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel
         return y.reshape(*x.shape[:-1], self.features)
 
@@ -214,10 +215,15 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B,H,W,C] -> [B,H,W,features]."""
-        kernel = unit(self.param("kernel", on_sphere, (3, 3, x.shape[-1], self.features))).astype(self.dtype)
+        kernel = ready_unit(self, (3, 3, x.shape[-1], self.features))
         return jax.lax.conv_general_dilated(
             x.astype(self.dtype), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
+
+
+def ready_unit(layer: Dense | Conv, shape: tuple[int, ...]) -> Array:
+    """The layer's kernel of `shape` as it is used."""
+    return layers.ready(layer, "kernel", lambda: unit(layer.param("kernel", on_sphere, shape)).astype(layer.dtype))
 
 
 def unit(kernel: Array) -> Array:

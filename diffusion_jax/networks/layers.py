@@ -4,6 +4,10 @@ Parameters are float32 and arithmetic is in `dtype`. Biases, affines and the sta
 `dtype` is: summed over a batch in bfloat16, a bias's gradient loses most of its digits.
 """
 
+import functools
+import math
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,16 @@ from diffusion_jax.types import Array
 
 XAVIER = nn.initializers.xavier_uniform()
 ZEROS = nn.initializers.zeros_init()
+
+
+def ready(module: nn.Module, name: str, make: Callable[[], Array]) -> Array:
+    """The weight `make()`, as `module` uses it: taken from where `Network.prepare` left it, or made here."""
+    if module.has_variable("ready", name):
+        return module.get_variable("ready", name)
+    weight = make()
+    if module.is_mutable_collection("ready") and not module.is_initializing():
+        module.put_variable("ready", name, weight)
+    return weight
 
 
 class Dense(nn.Module):
@@ -29,8 +43,9 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., C] -> [..., features]."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
+        shape = (x.shape[-1], self.features)
+        kernel = ready(self, "kernel", lambda: self.param("kernel", self.kernel_init, shape).astype(self.dtype))
+        y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel
         if self.bias:
             y = _add_bias(y, self.param("bias", ZEROS, (self.features,)), self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
@@ -48,11 +63,12 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B,H,W,C] -> [B,H/stride,W/stride,features]."""
-        kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.features))
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = ready(self, "kernel", lambda: self.param("kernel", self.kernel_init, shape).astype(self.dtype))
         bias = self.param("bias", ZEROS, (self.features,))
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            kernel,
             window_strides=(self.stride, self.stride),
             padding="SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -61,8 +77,29 @@ class Conv(nn.Module):
 
 
 def _add_bias(y: Array, bias: Array, dtype: jnp.dtype) -> Array:
-    bias = bias.reshape((1,) * (y.ndim - 1) + bias.shape)
-    return (y.astype(jnp.float32) + bias).astype(dtype)
+    return (y.astype(jnp.float32) + spread(bias[None], y.shape)).astype(dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def spread(vectors: Array, shape: tuple[int, ...]) -> Array:
+    """Vectors [B or 1, C], each over the rows of its example: an array of `shape`, (B, ..., C).
+
+    On CPUs the derivative is written as a product with ones, 1 v^T. So its transpose, the sum over rows that is the
+    gradient of a bias or an affine, is a product too. Of a sum XLA's CPU compiler makes one loop with all that is
+    computed before it, and half of a U-Net's training step goes into those loops (docs/performance.md).
+    """
+    return jnp.broadcast_to(vectors.reshape(-1, *(1,) * (len(shape) - 2), shape[-1]), shape)
+
+
+@spread.defjvp
+def _spread_derivative(shape: tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (vectors,), (tangent,) = primals, tangents
+    if jax.default_backend() != "cpu":
+        return spread(vectors, shape), spread(tangent, shape)
+    rows = math.prod(shape[:-1]) // len(tangent)
+    ones = jnp.ones((len(tangent), rows, 1), tangent.dtype)
+    product = jnp.matmul(ones, tangent[:, None], precision=jax.lax.Precision.HIGHEST)
+    return spread(vectors, shape), product.reshape(shape)
 
 
 class GroupNorm(nn.Module):
@@ -77,14 +114,20 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B,H,W,C] -> the same, in x's dtype."""
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones_init(), (channels,))
-        bias = self.param("bias", ZEROS, (channels,))
-        count = min(self.groups, channels // 4)
-        groups = x.astype(jnp.float32).reshape(*x.shape[:-1], count, channels // count)
-        y = standardise(groups, axes=(1, 2, 4), epsilon=self.epsilon).reshape(x.shape)
-        ones = (1,) * (x.ndim - 1)
-        return (y * scale.reshape(*ones, channels) + bias.reshape(*ones, channels)).astype(x.dtype)
+        B, C = len(x), x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones_init(), (C,))
+        bias = self.param("bias", ZEROS, (C,))
+        groups = min(self.groups, C // 4)
+
+        def mean(x: Array) -> Array:
+            """[B,C]: the mean over pixels and a group's channels, once for each channel of the group."""
+            of_groups = jnp.mean(jnp.mean(x, tuple(range(1, x.ndim - 1))).reshape(B, groups, -1), -1)
+            return jnp.repeat(of_groups, C // groups, axis=-1)
+
+        y = x.astype(jnp.float32)
+        y = y - spread(mean(y), y.shape)
+        scale = scale[None] * jax.lax.rsqrt(mean(jnp.square(y)) + self.epsilon)
+        return (y * spread(scale, y.shape) + spread(bias[None], y.shape)).astype(x.dtype)
 
 
 def standardise(x: Array, axes: tuple[int, ...], epsilon: float) -> Array:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_jax.networks import attention, layers, remat
 from diffusion_jax.networks.layers import Dense
@@ -55,8 +56,10 @@ class BlockOptions:
     attention: str = "auto"
 
     def __post_init__(self) -> None:
-        if min(self.width, self.heads, int(self.mlp_ratio * self.width)) < 1:
-            raise ValueError("width, heads and mlp_ratio * width must be at least 1")
+        if not 0.0 < self.mlp_ratio < 1e6:
+            raise ValueError(f"mlp_ratio must be positive and below 1e6, not {self.mlp_ratio}")
+        if min(self.width, self.heads, int(2 * self.mlp_ratio * self.width / 3)) < 1:
+            raise ValueError("width, heads and 2/3 mlp_ratio * width must be at least 1")
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"width must be divisible by 4 and by heads = {self.heads}, and {self.width} is not")
         for name, rows in (("mlp", MLPS), ("norm", NORMS)):
@@ -105,7 +108,7 @@ class Block(nn.Module):
           keys: of dropout, key[B] or None.
           condition: [B or 1, width], or [B or 1, 2 * vectors * width] where `shared`; None where `vectors` is 0.
           context: tokens [B or 1, S, width] for cross-attention, or None.
-          rotation: angles [T, head width / 2] of queries and keys, or None.
+          rotation: cosines and sines [2, T, head width / 2] of the angles of queries and keys, or None.
         """
         o = self.options
         norm = lambda name: Norm(o.norm, o.epsilon, name=f"{name}_norm")
@@ -158,7 +161,8 @@ def gated(x: Array, gate: Array | None, y: Array) -> Array:
     """X + gate * y in float32, in x's dtype: a gate's gradient is a sum over all tokens."""
     if gate is None:
         return x + y
-    return (x.astype(jnp.float32) + gate.astype(jnp.float32) * y.astype(jnp.float32)).astype(x.dtype)
+    gate = layers.spread(gate[:, 0].astype(jnp.float32), x.shape)
+    return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- its parts
@@ -177,12 +181,13 @@ class Norm(nn.Module):
     def __call__(self, x: Array, shift: Array | None = None, scale: Array | None = None) -> Array:
         """[..., D] -> the same, in x's dtype; shift and scale are [n,1,D]."""
         y = NORMS[self.kind](x.astype(jnp.float32), axes=(-1,), epsilon=self.epsilon)
-        own = lambda name: self.param(name, layers.ZEROS, (x.shape[-1],)).reshape((1,) * (x.ndim - 1) + (-1,))
+        own = lambda name: self.param(name, layers.ZEROS, (x.shape[-1],))
         if scale is None:
             scale = own("scale")
-            shift = own("shift") if self.kind == "layer" else 0.0
-        y = y * (1.0 + jnp.asarray(scale, jnp.float32)) + jnp.asarray(shift, jnp.float32)
-        return y.astype(x.dtype)
+            shift = own("shift") if self.kind == "layer" else None
+        over = lambda vectors: layers.spread(vectors.reshape(-1, x.shape[-1]).astype(jnp.float32), x.shape)
+        y = y * (1.0 + over(scale))
+        return (y if shift is None else y + over(shift)).astype(x.dtype)
 
 
 def _gelu_mlp(y: Array, o: BlockOptions, dtype: jnp.dtype, approximate: bool = True) -> Array:
@@ -205,21 +210,25 @@ MLPS = {
 """name -> (y [..., width], options, dtype) -> the same; "gelu" is the approximation by tanh."""
 
 
-def angles_2d(height: int, width: int, features: int) -> Array:
-    """Angles [height * width, features / 2] of rotary positions in 2-D, the row's and the column's side by side.
+def angles_2d(height: int, width: int, features: int) -> np.ndarray:
+    """Angles f32[height * width, features / 2] of rotary positions in 2-D, the row's and the column's side by side.
 
     Su et al. 2021, section 3.4.2, for each axis: position times 10000^(-i / n), i = 0, ..., n - 1, n = features / 4.
     """
     n = features // 4
-    frequencies = 10_000.0 ** (-jnp.arange(n, dtype=jnp.float32) / n)
-    rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
-    axes = [axis.reshape(-1, 1).astype(jnp.float32) * frequencies[None] for axis in (rows, columns)]
-    return jnp.concatenate(axes, axis=-1)
+    frequencies = 10_000.0 ** (-np.arange(n) / n)
+    places = np.divmod(np.arange(height * width), width)
+    return np.concatenate([place[:, None] * frequencies for place in places], axis=-1).astype(np.float32)
 
 
-def rotate(x: Array, angles: Array) -> Array:
-    """Turn the pairs (x_i, x_(i + d/2)) of x [B,T,heads,d] by angles [T,d/2]; q k^T then depends on distances alone."""
-    cosine, sine = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+def turns(angles: np.ndarray) -> np.ndarray:
+    """Cosines and sines f32[2,T,n] of angles f32[T,n]."""
+    return np.stack([np.cos(angles), np.sin(angles)])
+
+
+def rotate(x: Array, rotation: Array) -> Array:
+    """Turn the pairs (x_i, x_(i + d/2)) of x [B,T,heads,d] by `turns` [2,T,d/2]; q k^T depends on distances alone."""
+    cosine, sine = rotation[:, None, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1).astype(x.dtype)
 
@@ -254,7 +263,7 @@ def stack(
             x = block(kind, f"block_{layer}")(x, layer, keys, *given)
         return x
     body = lambda block, x, layer: (block(x, layer, keys, *given), None)
-    scanned = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
+    scanned = nn.scan(body, variable_axes={"params": 0, "ready": 0}, split_rngs={"params": True}, length=depth)
     return scanned(block(kind, "blocks"), x, jnp.arange(depth))[0]
 
 
@@ -276,9 +285,9 @@ def prepend(tokens: Array, x: Array) -> Array:
     return jnp.concatenate([jnp.broadcast_to(tokens.astype(x.dtype), (len(x), *tokens.shape[1:])), x], axis=1)
 
 
-def unmoved(angles: Array | None, tokens: int) -> Array | None:
+def unmoved(angles: np.ndarray, tokens: int) -> np.ndarray:
     """Angles of zero for `tokens` that have no place, before those of the others."""
-    return None if angles is None else jnp.pad(angles, ((tokens, 0), (0, 0)))
+    return np.pad(angles, ((tokens, 0), (0, 0)))
 
 
 def patch_error(patch: int, size: int) -> str:

@@ -154,7 +154,7 @@ def add(x: Array, vector: Array) -> Array:
 
     The vector's gradient is a sum over pixels: of 32x32 in bfloat16, it would be off by 17 %.
     """
-    return (x.astype(jnp.float32) + vector.astype(jnp.float32)[:, None, None]).astype(x.dtype)
+    return (x.astype(jnp.float32) + layers.spread(vector.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 
 class Attention(nn.Module):

@@ -1,6 +1,7 @@
 """Edits, trajectories, averages chosen afterwards, guidance by other networks: the commands that need no training."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -110,6 +111,14 @@ def test_interpolation_begins_and_ends_at_its_ends(workdir, pictures, tmp_path):
     assert np.abs(images[[0, -1]] - np.stack(ends)).mean() < 8.0
 
 
+def test_between_seeds_nothing_is_encoded(workdir, tmp_path):
+    """So guidance without an ODE behind it is allowed: frame 0 is what `sample` draws from the first seed."""
+    flags = ["--label=4", "--solver=ddim", "--rules=cfg_pp", "--guidance=0.6"]
+    frames = run("edit", workdir, tmp_path, "--edit=interpolate", "--seeds=5,6", "--frames=2", *flags)["images"]
+    end = run("sample", workdir, tmp_path, "--num_samples=1", "--seed=5", *flags)["images"]
+    np.testing.assert_allclose(frames[0].astype(float), end[0], atol=16.0)  # rounded to one level
+
+
 def test_a_trajectory_ends_in_the_image(workdir, tmp_path):
     file = run("sample", workdir, tmp_path, "--num_samples=5", "--trajectory", "--steps=4")
     assert file["trajectory"].shape == (5, 5, 8, 8, 1)
@@ -152,13 +161,78 @@ def test_likelihood_of_held_out_images(workdir, tmp_path, capsys):
     assert 1.0 < row["value"] < 3.0 * np.log2(17)
 
 
-def test_autoguidance_away_from_an_earlier_checkpoint(workdir, tmp_path):
-    plain = run("sample", workdir, tmp_path, "--num_samples=10")["images"]
-    weak = [f"--weak_workdir={workdir}", "--weak_step=10"]
-    pushed = run("sample", workdir, tmp_path, "--num_samples=10", *weak, "--autoguidance=2.0")["images"]
-    assert (pushed != plain).any()
-    both = run("sample", workdir, tmp_path, "--num_samples=10", *weak, "--autoguidance=2.0", "--guidance=3.0")["images"]
-    assert (both != pushed).any()
+def test_autoguidance_pushes_away_from_an_earlier_checkpoint(workdir, tmp_path):
+    """One step of DDIM ends in x0 itself, and so three runs lie on a line: pushed = weak + w (strong - weak).
+
+    The strong model is guided; the weak one is the checkpoint of step 10 as `sample` draws from it, unguided.
+    """
+    flags = ["--num_samples=10", "--trajectory", "--solver=ddim", "--steps=1", "--grid=uniform", "--threshold=none"]
+    draw = lambda *more: run("sample", workdir, tmp_path, *flags, "--rules=", *more)
+    strong, weak = draw("--guidance=3.0"), draw("--guidance=1.0", "--step=10")
+    pushed = draw("--guidance=3.0", f"--weak_workdir={workdir}", "--weak_step=10", "--autoguidance=2.5")
+    strong_x0, weak_x0, pushed_x0 = (file["trajectory"][:, -1] for file in (strong, weak, pushed))
+    assert np.abs(strong_x0 - weak_x0).mean() > 0.03
+    np.testing.assert_allclose(pushed_x0, weak_x0 + 2.5 * (strong_x0 - weak_x0), atol=1e-4)
+    assert json.loads(str(pushed["about"]))["weak"] == {"workdir": str(workdir), "step": 10}
+
+
+def retold(workdir, place, family=(), spec=()):
+    """A copy of a run that says something else of its family or of its images."""
+    shutil.copytree(workdir, place)
+    config = json.loads((place / "config.json").read_text())
+    config["family"] |= dict(family)
+    (place / "config.json").write_text(json.dumps(config))
+    for about in place.glob("checkpoints/*/about/metadata"):
+        said = json.loads(about.read_text())
+        about.write_text(json.dumps(said | {"spec": said["spec"] | dict(spec)}))
+    return place
+
+
+LEARNED = {"schedule": "learned(hidden=8)", "weighting": "elbo", "time_sampling": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "flags", "words"),
+    [
+        ({}, {}, [], ["sample.autoguidance is 1", "--autoguidance=2"]),
+        ({}, {}, ["--autoguidance=1.0"], ["sample.autoguidance is 1"]),
+        ({}, {}, ["--autoguidance=2.0", "--weak_step=7"], ["--weak_step=7", "5, 10"]),
+        ({}, {"family": {"schedule": "cosine"}}, ["--autoguidance=2.0"], ["family.schedule", "cosine"]),
+        ({"family": LEARNED}, {"family": LEARNED}, ["--autoguidance=2.0"], ["schedule is learned"]),
+        ({}, {"spec": {"num_classes": 5}}, ["--autoguidance=2.0"], ["its classes"]),
+        ({}, {"spec": {"size": 16}}, ["--autoguidance=2.0"], ["another size"]),
+    ],
+    ids=["no-weight", "weight-one", "no-step", "schedule", "learned", "classes", "size"],
+)
+def test_autoguidance_refuses_a_run_that_is_no_worse_model_of_the_same(
+    workdir, tmp_path, capsys, ours, theirs, flags, words
+):
+    own, weak = retold(workdir, tmp_path / "own", **ours), retold(workdir, tmp_path / "weak", **theirs)
+    flags = [f"--workdir={own}", f"--weak_workdir={weak}", f"--out={tmp_path / 'y.npz'}", *flags]
+    assert main(["sample", *flags]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert all(word in line for word in ["weak_", *words]), line
+    assert not (tmp_path / "y.npz").exists()
+
+
+@pytest.mark.parametrize("schedule", ["rectified_flow()", None])
+def test_the_worse_models_schedule_may_be_written_otherwise(workdir, tmp_path, schedule):
+    """The rows must be equal, not their texts; and a field that a config leaves out has its default."""
+    weak = retold(workdir, tmp_path / "weak", family={"schedule": schedule})
+    if schedule is None:
+        config = json.loads((weak / "config.json").read_text())
+        del config["family"]["schedule"]
+        (weak / "config.json").write_text(json.dumps(config))
+    flags = [f"--weak_workdir={weak}", "--weak_step=10", "--autoguidance=2.0", "--num_samples=2"]
+    assert run("sample", workdir, tmp_path, *flags)["images"].shape == (2, 8, 8, 1)
+
+
+@pytest.mark.parametrize("flag", ["--autoguidance=2.0", "--autoguidance_rules=apg"])
+def test_autoguidance_needs_a_worse_model(workdir, tmp_path, capsys, flag):
+    assert main(["sample", f"--workdir={workdir}", f"--out={tmp_path / 'y.npz'}", flag]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert flag.split("=")[0] in line
+    assert "--weak_workdir" in line
 
 
 @pytest.mark.parametrize(
@@ -168,6 +242,7 @@ def test_autoguidance_away_from_an_earlier_checkpoint(workdir, tmp_path):
         (["--edit=paint"], ["--edit = 'paint'", "inpaint"]),
         (["--edit=img2img"], ["--images is missing"]),
         (["--edit=img2img", "--images=IMAGES", "--strength=1.5"], ["--strength = 1.5"]),
+        (["--edit=img2img", "--images=IMAGES", "--strength=0"], ["--strength = 0.0: must be above 0 and at most 1."]),
         (["--edit=img2img", "--images=IMAGES", "--mask=MASK"], ["--mask", "img2img does not read"]),
         (["--edit=img2img", "--images=nothing.npz"], ["nothing.npz"]),
         (["--edit=img2img", "--images=MASK"], ["--label is missing", "10 classes"]),
@@ -176,15 +251,31 @@ def test_autoguidance_away_from_an_earlier_checkpoint(workdir, tmp_path):
         (["--edit=inpaint", "--images=IMAGES", "--mask=IMAGES"], ["--mask", "no picture"]),
         (["--edit=inpaint", "--images=IMAGES", "--mask=MASK", "--resamplings=0"], ["--resamplings = 0"]),
         (["--edit=translate", "--images=IMAGES", "--solver=ddpm"], ["sample.solver = 'ddpm'", "draws noise"]),
+        (
+            ["--edit=translate", "--images=IMAGES", "--solver=ddim", "--rules=cfg_pp"],
+            ["sample.rules = 'cfg_pp'", "no ODE", "encoded"],
+        ),
+        (
+            ["--edit=interpolate", "--images=MASK,MASK", "--label=1", "--solver=ddim", "--rules=interval+cfg_pp"],
+            ["sample.rules = 'interval+cfg_pp'", "no ODE"],
+        ),
+        (
+            [
+                *("--edit=translate", "--images=IMAGES", "--solver=ddim"),
+                *("--weak_workdir=WORKDIR", "--autoguidance=2.0", "--autoguidance_rules=cfg_pp"),
+            ],
+            ["sample.autoguidance_rules = 'cfg_pp'", "no ODE"],
+        ),
         (["--edit=interpolate", "--seeds=1"], ["--seeds = '1'", "two"]),
         (["--edit=interpolate", "--seeds=1,x"], ["--seeds = '1,x'"]),
         (["--edit=interpolate", "--images=IMAGES", "--label=1"], ["--images", "two images"]),
-        (["--edit=interpolate"], ["--seeds"]),
+        (["--edit=interpolate"], ["--edit = 'interpolate'", "two seeds", "--seeds=0,1", "two --images"]),
+        (["--edit=interpolate", "--images=IMAGES", "--seeds=1,2"], ["--edit = 'interpolate'", "not both"]),
         (["--edit=interpolate", "--seeds=1,2"], ["--label is missing"]),
     ],
 )
 def test_edit_refuses(workdir, pictures, tmp_path, capsys, flags, words):
-    places = {"IMAGES": str(pictures / "images.npz"), "MASK": str(pictures / "mask.png")}
+    places = {"IMAGES": str(pictures / "images.npz"), "MASK": str(pictures / "mask.png"), "WORKDIR": str(workdir)}
     for name, path in places.items():
         flags = [flag.replace(name, path) for flag in flags]
     assert main(["edit", f"--workdir={workdir}", f"--out={tmp_path / 'y.npz'}", *flags]) == 2
@@ -195,9 +286,10 @@ def test_edit_refuses(workdir, pictures, tmp_path, capsys, flags, words):
 
 
 @pytest.mark.parametrize(
-    ("flag", "words"),
+    ("flags", "words"),
     [
-        ("--grid=custom(times=(1.0,0.4))", ["sample.steps = 3", "has 2 steps"]),
+        ("--grid=custom(times=(1.0,0.4)) --steps=3", ["sample.steps = 3", "has 2 steps"]),
+        ("--rules=apg+", ["sample.rules = 'apg+'", "each side of a +"]),
         ("--rules=intervall", ["sample.rules", "did you mean 'interval'"]),
         ("--threshold=dynamic(quantile=2.0)", ["sample.threshold", "quantile"]),
         ("--ema=posthoc(std=0.5)", ["--ema", "std"]),
@@ -206,7 +298,7 @@ def test_edit_refuses(workdir, pictures, tmp_path, capsys, flags, words):
         ("--weak_step=5", ["--weak_step = 5", "--weak_workdir"]),
     ],
 )
-def test_sample_refuses(workdir, tmp_path, capsys, flag, words):
-    assert main(["sample", f"--workdir={workdir}", f"--out={tmp_path / 'y.npz'}", flag]) == 2
+def test_sample_refuses(workdir, tmp_path, capsys, flags, words):
+    assert main(["sample", f"--workdir={workdir}", f"--out={tmp_path / 'y.npz'}", *flags.split()]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert all(word in line for word in words), line

@@ -65,8 +65,12 @@ VARIANTS = {
     ),
     "diffusion-variance": diffusion("cosine", "v", objective="learned_variance(steps=20)", time_sampling="uniform"),
     "diffusion-classifier": diffusion("gvp", "v", classifier=DIT),
+    "diffusion-autoguided": diffusion("rectified_flow", "x0", network=DIT.replace("width=16", "width=24")),
 }
 """A few of each family, for what costs a compilation."""
+
+WORSE = {"diffusion-autoguided": "diffusion"}
+"""Variant under autoguidance -> the variant that is its worse model: another network, another prediction."""
 
 SAMPLING = {
     "diffusion": {
@@ -76,6 +80,8 @@ SAMPLING = {
         "guidance": (1.5, 3.0),
         "rules": ("interval(high=90.0)+rescaled(phi=0.1)", "interval(high=0.7)+rescaled(phi=0.9)"),
         "threshold": ("static", "static(bound=0.3)"),
+        "autoguidance": (1.5, 3.0),
+        "autoguidance_rules": ("apg(momentum=-0.5)", "apg(momentum=-0.1)"),
         "classifier": (0.0, 2.0),
         "temperature": (1.0, 1.5),
     },
@@ -98,7 +104,8 @@ def test_every_family_has_its_variants():
 @functools.cache
 def family(name):
     section, spec = (PAIRINGS | VARIANTS)[name]
-    return families.build(section, spec, "float32")
+    it = families.build(section, spec, "float32")
+    return it.guided_by(family(WORSE[name]).denoise) if name in WORSE else it
 
 
 def batch(spec, count=4, seed=0):
@@ -143,7 +150,8 @@ def weights(name):
         spread = 0.3 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5
         return jnp.asarray(spread * generator.normal(size=leaf.shape), leaf.dtype)
 
-    return jax.tree.map(draw, jax.eval_shape(family(name).init, jax.random.key(0)))
+    params, extra = jax.tree.map(draw, jax.eval_shape(family(name).init, jax.random.key(0)))
+    return params | ({"weak": weights(WORSE[name])[0]} if name in WORSE else {}), extra
 
 
 @functools.cache
@@ -151,10 +159,15 @@ def generate(name):
     return Counted(family(name).generate)
 
 
+@functools.cache
+def edit(name, which):
+    return jax.jit(family(name).edits[which])
+
+
 # ------------------------------------------------------------------------------------------ training
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in WORSE])
 def test_training(name):
     """The loss is finite, every parameter moves, and no later step traces again."""
     spec = VARIANTS[name][1]
@@ -243,6 +256,8 @@ def test_options_seeds_and_labels_do_not_compile_again(name):
         options = {key: value for key, value in options.items() if key not in ("guidance", "rules")}
     if "classifier" not in name:
         options.pop("classifier")
+    if name not in WORSE:
+        options = {key: value for key, value in options.items() if not key.startswith("autoguidance")}
     first = sample(name, **{key: values[0] for key, values in options.items()})
     before = generate(name).traces
     for key, values in options.items():
@@ -255,6 +270,70 @@ def test_null_label_is_what_guidance_zero_shows():
     """Guidance 0 is the unconditional model: the label does not matter; at 1 and above it does."""
     one, two = (sample("diffusion", label=label, guidance=0.0) for label in (0, 1))
     np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ autoguidance
+
+
+def models(label):
+    """The autoguided variant's model and its worse one, alone: (x, t) -> x0."""
+    params, _ = weights("diffusion-autoguided")
+
+    def alone(name, params):
+        denoise = jax.jit(family(name).denoise)
+        return lambda x, t: denoise(params, x, jnp.float32(t), label).x0
+
+    return alone("diffusion-autoguided", params), alone(WORSE["diffusion-autoguided"], params["weak"])
+
+
+def walked(x, times, weight, momentum, label):
+    """DDIM on rectified flow, x = (1 - t) x0 + t eps, under APG without norm and with its parallel part (eta = 1).
+
+    Sadat et al. 2024, algorithm 1: the model and weight - 1 times a sum of differences, which momentum carries on.
+    """
+    strong, weak = models(label)
+    total = 0.0
+    for t, s in itertools.pairwise(times):
+        x0 = strong(x, t)
+        total = x0 - weak(x, t) + momentum * total
+        x0 = x0 + (weight - 1.0) * total
+        eps = (x - (1.0 - t) * x0) / t
+        x = (1.0 - s) * x0 + s * eps
+    return np.clip(x, -1.0, 1.0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, -0.5, 0.6])
+def test_autoguidance_pushes_away_from_the_worse_model_in_samples_and_edits(momentum):
+    """By hand, from the two models alone: from noise, and from an image noised to t = 1/2."""
+    it, label = family("diffusion-autoguided"), jnp.int32([0, 1, 2, 0])
+    rules = f"apg(eta=1.0,momentum={momentum})"
+    section = {"solver": "ddim", "steps": 4, "threshold": "none", "autoguidance": 1.4, "autoguidance_rules": rules}
+    noise = rng.normal(rng.fold(keys(4), 0), LABELLED.shape)
+    expected = walked(noise, [1.0, 0.75, 0.5, 0.25, 0.0], 1.4, momentum, label)
+    np.testing.assert_allclose(sample("diffusion-autoguided", **section), expected, atol=1e-4)
+    assert np.mean(np.abs(expected) < 1.0) > 0.1
+    params, image = weights("diffusion-autoguided")[0], batch(LABELLED)["image"]
+    inputs = {"image": image, "label": label, "strength": jnp.float32(0.5)}
+    expected = walked(0.5 * image + 0.5 * noise, [0.5, 0.25, 0.0], 1.4, momentum, label)
+    edited = edit("diffusion-autoguided", "img2img")(params, keys(4), inputs, it.sampling(section))
+    np.testing.assert_allclose(edited, expected, atol=1e-4)
+
+
+def test_each_guidance_has_its_own_rules():
+    """An interval that covers nothing closes the guidance that it is a rule of, and no other."""
+    shut, wide = "interval(low=1.0,high=1.0)", "interval"
+
+    def made(guidance, autoguidance, rules=wide, autoguidance_rules=wide):
+        weights = {"guidance": guidance, "autoguidance": autoguidance}
+        return sample("diffusion-autoguided", rules=rules, autoguidance_rules=autoguidance_rules, **weights)
+
+    np.testing.assert_array_equal(made(3.0, 2.0, rules=shut), made(1.0, 2.0))
+    np.testing.assert_array_equal(made(3.0, 2.0, autoguidance_rules=shut), made(3.0, 1.0))
+    several = [made(3.0, 2.0), made(1.0, 2.0), made(3.0, 1.0)]
+    assert all(not np.allclose(a, b, atol=1e-3) for a, b in itertools.combinations(several, 2))
+
+
+# ------------------------------------------------------------------------------------------ what is refused
 
 
 @pytest.mark.parametrize(
@@ -273,6 +352,9 @@ def test_null_label_is_what_guidance_zero_shows():
         ("diffusion", {"rules": "cfg_pp", "solver": "heun"}, "sample.rules = 'cfg_pp'.*ddim"),
         ("diffusion", {"rules": "interval(low=2.0,high=1.0)"}, "low <= high"),
         ("diffusion", {"classifier": 1.0}, "sample.classifier = 1.0"),
+        ("diffusion", {"autoguidance": 2.0}, "autoguidance"),
+        ("diffusion-autoguided", {"autoguidance": -1.0}, "sample.autoguidance = -1"),
+        ("diffusion-autoguided", {"autoguidance_rules": "apgg"}, "sample.autoguidance_rules.*did you mean 'apg'"),
         ("diffusion", {"temperature": 0.0}, "sample.temperature = 0.0"),
         ("diffusion", {"threshold": "dynamical"}, "did you mean 'dynamic'"),
         ("diffusion-plain", {"guidance": 2.0}, "sample.guidance = 2.0"),

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import plugs, rng
+from diffusion_jax import families, plugs, rng
 from diffusion_jax.diffusion import editing
 from diffusion_jax.diffusion.editing import Walk
 from diffusion_jax.diffusion.grids import GRIDS
 from diffusion_jax.diffusion.schedule import SCHEDULES
 from diffusion_jax.diffusion.solvers import SOLVERS
 from diffusion_jax.diffusion.solvers.base import solve
-from diffusion_jax.types import Denoised
+from diffusion_jax.families import diffusion as family_file
+from diffusion_jax.types import Denoised, ImageSpec
 
 NAMES = ("vp_linear", "edm", "rectified_flow")
 KARRAS = "karras(sigma_max=60)"
@@ -395,3 +396,20 @@ def test_an_image_depends_on_its_own_row_and_key():
     for a, b in zip(whole, others, strict=True):
         np.testing.assert_allclose(a[1:], b[1:], rtol=1e-5)
         assert not np.allclose(a[0], a[2])  # same image, other keys
+
+
+@pytest.mark.parametrize("edit", ["img2img", "inpaint"])
+def test_an_edit_draws_other_noise_than_the_sampler_by_the_same_seed(edit, monkeypatch):
+    """By its own noise a sample would be led back to itself: no variation."""
+    drawn = {}
+    monkeypatch.setattr(editing, "vary", lambda walk, image, strength, noise, keys: drawn.update(edit=noise) or image)
+    monkeypatch.setattr(editing, "inpaint", lambda walk, image, known, noise, *rest: drawn.update(edit=noise) or image)
+    section = {"name": "diffusion", "network": "dit(width=32,depth=1,heads=2)"}
+    family = families.build(section, ImageSpec(size=8, channels=1, num_classes=0), "float32")
+    monkeypatch.setattr(family_file, "decode", lambda walk, noise, keys: drawn.update(sample=noise) or noise)
+    weights, keys = jax.jit(family.init)(jax.random.key(0))[0], rng.example_keys(jax.random.key(0), jnp.arange(2))
+    options, image = family.sampling({}), jnp.zeros((2, 8, 8, 1))
+    inputs = {"image": image, "strength": jnp.float32(0.5), "known": image > 0.0, "resamplings": jnp.int32(1)}
+    family.edits[edit](weights, keys, inputs, options)
+    family.generate(weights, keys, {}, options)
+    assert abs(np.corrcoef(np.ravel(drawn["edit"]), np.ravel(drawn["sample"]))[0, 1]) < 0.4

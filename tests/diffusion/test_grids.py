@@ -50,14 +50,53 @@ def ratios(text, schedule, steps):
 @pytest.mark.parametrize(("text", "rho", "low", "high"), [
     ("karras", 7.0, 0.002, 80.0),
     ("karras(rho=3.0,sigma_min=0.01,sigma_max=50.0)", 3.0, 0.01, 50.0),
+    ("karras(rho=0.02)", 0.02, 0.002, 80.0),
+    ("karras(rho=1000.0)", 1000.0, 0.002, 80.0),
 ])  # fmt: skip
 def test_karras_is_a_statement_about_noise_over_signal(schedule, text, rho, low, high):
     """The same sigma / alpha on every schedule that has them."""
     ratio, largest = ratios(text, schedule, 25)
     high = min(high, largest)
     ramp = np.linspace(0.0, 1.0, 25)
-    expected = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    expected = ((1.0 - ramp) * high ** (1 / rho) + ramp * low ** (1 / rho)) ** rho
     np.testing.assert_allclose(ratio, expected, rtol=1e-3)  # t is float32: near 1 that is what a cosine's angle can say
+
+
+@pytest.mark.parametrize("rho", ["0.001", "1e-9", "1e-300", "1e6"])
+def test_karras_overflows_for_no_rho(rho):
+    """Towards 0 the largest term of (80^(1/rho) + ...)^rho is all that counts; towards infinity it is a geometric mean.
+
+    80 (1 - r)^rho, up to a relative (0.002 / 80)^(1/rho) that is 0 in float64; 80 (0.002 / 80)^r, up to 1 / rho.
+    """
+    r, small = np.linspace(0.0, 1.0, 18), float(rho) < 1.0
+    expected = 80.0 * ((1.0 - r) ** float(rho) if small else (0.002 / 80.0) ** r)
+    sigma = 80.0 * times(f"karras(rho={rho})", "edm", 18)
+    np.testing.assert_allclose(sigma[:17], expected[:17], rtol=3e-5)
+    np.testing.assert_allclose(sigma[17], 0.002, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", schedules.EVERY)
+@pytest.mark.parametrize("text", [
+    "karras(sigma_min=1e-6,sigma_max=1e4)",
+    "karras(rho=0.001,sigma_max=1e4)",
+    "karras(rho=1e6,sigma_min=1e-6)",
+    "logsnr_uniform(logsnr_min=-20.0,logsnr_max=30.0)",
+    "shifted(shift=0.001)",
+    "shifted(shift=1000.0)",
+])  # fmt: skip
+def test_the_furthest_ends_are_times(schedule, text):
+    t = times(text, schedule, 20)
+    assert np.all(np.isfinite(t))
+    assert np.all(np.diff(t[:20]) <= 0.0)
+    assert t[0] <= 1.0
+    assert t[19] > 0.0
+
+
+@pytest.mark.parametrize("steps", [10, 232, 1000])
+def test_equal_steps_of_log_snr_on_ve_are_the_geometric_sequence_of_smld(steps):
+    """Song et al. 2021, section 3.1 and appendix B: sigma_i = sigma_min (sigma_max / sigma_min)^((i - 1) / (N - 1))."""
+    ratio, _ = ratios(f"logsnr_uniform(logsnr_max={2 * np.log(100.0)})", "ve", steps)
+    np.testing.assert_allclose(ratio, np.geomspace(50.0, 0.01, steps), rtol=2e-5)
 
 
 @pytest.mark.parametrize("schedule", schedules.EVERY)
@@ -131,6 +170,48 @@ def test_discrete_spacings(spacing, of, steps):
     assert not np.any(t[steps:])
 
 
+@pytest.mark.parametrize("of", [100, 1000, 4000])
+def test_every_number_of_discrete_steps_is_numpys(of):
+    """np.linspace(0, T - 1, N).round(), as diffusers has it, and so on; but an exact half goes to the even neighbour.
+
+    Float64 puts some of those halves beside the half. Nothing else is within 1 / 2000 of one, as N is 1000 at most.
+    """
+    exact = {
+        "leading": lambda n: (of // n) * np.arange(n, 0, -1) - of // n,
+        "trailing": lambda n: of * np.arange(n, 0, -1) / n - 1.0,
+        "linspace": lambda n: np.linspace(0, of - 1, n)[::-1],
+    }
+    most = min(of, MAX_STEPS)
+    for spacing, steps_of in exact.items():
+        grid = plugs.build("grid", f"discrete(spacing='{spacing}',of={of})", GRIDS)
+        made = jax.jit(jax.vmap(lambda n, grid=grid: grid(None, n)))(jnp.arange(1, most + 1))
+        found = of * np.asarray(made, np.float64) - 1.0
+        for n in range(1, most + 1):
+            wanted, got = steps_of(n), found[n - 1, :n]
+            np.testing.assert_allclose(got, np.rint(got), atol=1e-3)
+            half = np.abs(wanted % 1.0 - 0.5) < 1e-6
+            np.testing.assert_array_equal(np.rint(got)[~half], wanted.round()[~half])
+            np.testing.assert_allclose(np.rint(got)[half], wanted[half], atol=0.5 + 1e-6)
+            counted = np.rint(got)[half] + (spacing == "trailing")  # which rounds first and takes 1 off then
+            assert not np.any(counted % 2)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_discrete_steps_are_the_same_eagerly(spacing):
+    grid = plugs.build("grid", f"discrete(spacing='{spacing}')", GRIDS)
+    jitted = jax.jit(lambda steps: grid(None, steps))
+    for steps in (27, 61, 99, 103, 333, 704):
+        both = [1000.0 * np.asarray(make(None, jnp.int32(steps))) for make in (grid, lambda _, n: jitted(n))]
+        np.testing.assert_allclose(*both, atol=2e-4)
+
+
+def test_a_long_process_keeps_its_steps():
+    """round(10^6 (n - i) / n) by Python's whole numbers; float32 holds no more than 24 bits of 10^6 times 333."""
+    t = times("discrete(of=1000000)", "cosine", 333)[:333].astype(np.float64)
+    expected = [round(10**6 * (333 - i) / 333) for i in range(333)]  # 333 is odd: no halves
+    np.testing.assert_allclose(1e6 * t, expected, atol=0.1)
+
+
 def test_a_discrete_process_has_no_more_stops_than_steps():
     assert {of: plugs.build("grid", f"discrete(of={of})", GRIDS).most for of in (100, 4000)} == {100: 100, 4000: 1000}
     t = times("discrete(of=100)", "cosine", 400)
@@ -179,10 +260,19 @@ def test_number_of_steps_is_traced(grid):
         "karras(sigma_min=0.0)",
         "karras(sigma_min=90.0)",
         "karras(sigma_max=0.001)",
+        "karras(sigma_max=inf)",
+        "karras(sigma_max=1e9)",
+        "karras(sigma_min=1e-9)",
+        "karras(rho=inf)",
+        "karras(rho=1e300)",
         "logsnr_uniform(logsnr_min=20.0)",
+        "logsnr_uniform(logsnr_max=1e9)",
+        "logsnr_uniform(logsnr_min=-inf)",
         "shifted(shift=0.0)",
+        "shifted(shift=1e9)",
         "discrete(spacing='quadratic')",
         "discrete(of=0)",
+        "discrete(of=1000001)",
         "custom(times=())",
         "custom(times=(1.0,1.0))",
         "custom(times=(0.3,0.7))",

@@ -1,5 +1,7 @@
 """Schedules against closed forms, published values and finite differences."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from scipy.integrate import quad
 from scipy.special import expit
 
 from diffusion_jax import plugs
-from diffusion_jax.diffusion.schedule import SCHEDULES, first_time, logsnr, with_derivatives
+from diffusion_jax.diffusion.schedule import SCHEDULES, Learned, first_time, logsnr, with_derivatives
 from diffusion_jax.errors import UserError
 from tests.schedules import EVERY, build
 
@@ -25,6 +27,8 @@ OPTIONS = [
     "scaled_linear(steps=100)",
     "cosine_discrete(steps=4000)",
     "zero_terminal_snr(of='ddpm_linear(steps=250)')",
+    *(f"zero_terminal_snr(of='{of}')" for of in ("vp_linear", "sigmoid")),
+    "zero_terminal_snr(of='resolution_shifted(of=\\'vp_linear\\')')",
 ]
 TEXTS = [*EVERY, *OPTIONS]
 
@@ -265,6 +269,44 @@ def test_zero_terminal_snr_keeps_the_first_step(x64):
     np.testing.assert_allclose(bar("zero_terminal_snr", 1), bar("scaled_linear", 1), rtol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["vp_linear", "cosine", "sigmoid"])
+def test_zero_terminal_snr_of_a_continuous_schedule(name, x64):
+    """Lin et al. 2023, algorithm 1, between alpha = 1 at the start, where it stays, and alpha(1), which becomes 0."""
+    t, of, schedule = jnp.linspace(0.0, 1.0, 101), build(name), build(f"zero_terminal_snr(of='{name}')")
+    alpha, end = np.asarray(of.alpha(t)), float(of.alpha(jnp.float64(1.0)))
+    np.testing.assert_allclose(schedule.alpha(t), (alpha - end) / (1.0 - end), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1.0, rtol=1e-12)
+
+
+def test_zero_terminal_snr_of_many_steps_is_that_of_their_limit(x64):
+    """Off by O(1 / T), as the steps themselves are off the VP-SDE."""
+    t, limit = jnp.linspace(0.1, 0.9, 9), build("zero_terminal_snr(of='vp_linear')").alpha
+    errors = []
+    for steps in (1000, 4000):
+        discrete = build(f"zero_terminal_snr(of='ddpm_linear(steps={steps})')")
+        errors.append(np.abs(np.log(discrete.alpha(t) / limit(t))).max())
+    assert errors[0] < 0.05
+    np.testing.assert_allclose(errors[0] / errors[1], 4.0, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "shifted"])
+def test_zero_terminal_snr_ends_in_nothing_in_float32(name):
+    """Never below it, which has no log-SNR; and alpha keeps its slope there, by which `velocity` tells the image."""
+    schedule = build(f"zero_terminal_snr(of='{name}')")
+    for curve in (schedule.alpha, jax.jit(schedule.alpha)):
+        for count in (3, 1001):
+            assert 0.0 <= float(curve(jnp.linspace(0.5, 1.0, count))[-1]) < 1e-7
+    slope = jax.jvp(schedule.alpha, (jnp.float32(1.0),), (jnp.float32(1.0),))[1]
+    assert float(slope) < -0.01
+
+
+def test_zero_terminal_snr_of_nothing_left_changes_nothing(x64):
+    t = jnp.linspace(0.0, 1.0, 50)
+    for name in ("gvp", "zero_terminal_snr"):
+        text = f"zero_terminal_snr(of='{name}')"
+        np.testing.assert_allclose(build(text).alpha(t), build(name).alpha(t), rtol=1e-12, atol=1e-15)
+
+
 # ------------------------------------------------------------------------------------------ the interface
 
 
@@ -369,6 +411,7 @@ def test_gradients_pass_through_the_tables_in_reverse():
     [
         "vp_linear(beta_min=0.0)",
         "vp_linear(beta_min=20.0,beta_max=0.1)",
+        "vp_linear(beta_max=1e30)",
         "cosine(logsnr_min=1.0)",
         "edm(sigma_max=-1.0)",
         "ve(sigma_min=60.0)",
@@ -379,7 +422,11 @@ def test_gradients_pass_through_the_tables_in_reverse():
         "scaled_linear(steps=1)",
         "cosine_discrete(beta_max=1.0)",
         "resolution_shifted(shift=0.0)",
-        "zero_terminal_snr(of='edm')",
+        "shifted(logsnr=1e9)",
+        "sigmoid(start=-3000.0)",
+        "sigmoid(start=1e9,end=1000000001.0,tau=1e9)",
+        "ddpm_linear(beta_max=0.5)",
+        "cosine_discrete(steps=10000000)",
     ],
 )
 def test_impossible_options_are_refused_by_name(text):
@@ -387,13 +434,57 @@ def test_impossible_options_are_refused_by_name(text):
         plugs.build("family.schedule", text, SCHEDULES)
 
 
+EXTREMES = [sign * 10.0**power for sign in (1.0, -1.0) for power in (-300, -9, -3, 3, 9, 300)]
+FLOATS = [
+    (name, option)
+    for name, row in (SCHEDULES | {"learned": Learned}).items()
+    for option, parameter in inspect.signature(row).parameters.items()
+    if isinstance(parameter.default, float)
+]
+
+
+@pytest.mark.parametrize(("name", "option"), FLOATS)
+def test_every_number_is_refused_by_name_or_makes_finite_curves(name, option):
+    """In float32, whose largest number is exp(88.7); and no number that is not one."""
+    table, t = SCHEDULES | {"learned": Learned}, jnp.linspace(0.0, 1.0, 11)
+    for value in ("inf", "-inf", "1e400"):
+        with pytest.raises(UserError, match=rf"family.schedule: option '{option}' of {name} = -?inf: must be finite"):
+            plugs.build("family.schedule", f"{name}({option}={value})", table)
+    for value in EXTREMES:
+        try:
+            schedule = plugs.build("family.schedule", f"{name}({option}={value})", table)
+        except UserError as error:
+            assert f"family.schedule: {name}" in str(error)  # noqa: PT017
+            continue
+        times = lambda schedule: schedule.time(jnp.linspace(-20.0, 30.0, 5))
+        if name == "learned":
+            schedule = schedule.bind(schedule.init(jax.random.key(0)))
+            times = lambda schedule: t  # found by bisection: between 0 and 1 whatever the curve
+        alpha, sigma = np.asarray(schedule.alpha(t)), np.asarray(schedule.sigma(t))
+        for curve in (alpha, sigma, schedule.label(t[1:]), times(schedule)):
+            assert np.all(np.isfinite(np.asarray(curve)))
+        assert np.all(sigma[1:] > 0.0)
+        assert np.all(alpha >= 0.0)
+
+
+@pytest.mark.parametrize("of", ["edm", "ve", "rectified_flow", "resolution_shifted", "ve(sigma_max=0.02)"])
+def test_a_schedule_without_an_alpha_to_stretch_is_refused_with_the_reason(of):
+    with pytest.raises(UserError) as caught:
+        plugs.build("family.schedule", f"zero_terminal_snr(of='{of}')", SCHEDULES)
+    assert str(caught.value) == (
+        f"family.schedule: zero_terminal_snr: of = '{of}': alpha must fall from 1 to near 0 with "
+        "alpha^2 + sigma^2 = 1, as it does in vp_linear, ddpm_linear, scaled_linear, cosine, cosine_discrete, "
+        "sigmoid, gvp, shifted, zero_terminal_snr."
+    )
+
+
 def test_an_unknown_row_in_a_wrapper_is_named():
-    with pytest.raises(UserError, match=r"'of' = 'cosin'.*did you mean 'cosine'"):
+    with pytest.raises(UserError, match=r"family.schedule.*'of' = 'cosin'.*did you mean 'cosine'"):
         build("shifted(of='cosin')")
 
 
 @pytest.mark.parametrize("text", ["shifted(of='learned')", "resolution_shifted(of='learned(hidden=8)')"])
 def test_a_learned_schedule_is_not_wrapped(text):
     """The sentence says what to do instead, not that there is no such row."""
-    with pytest.raises(UserError, match=r"'of' = 'learned.*move its ends instead, learned\(logsnr_max"):
-        build(text)
+    with pytest.raises(UserError, match=r"family.schedule: \w*shifted: of = 'learned.*learned\(logsnr_max"):
+        plugs.build("family.schedule", text, SCHEDULES)

@@ -112,7 +112,7 @@ def test_gradients_in_bfloat16(implementation):
 def test_splash_lowers_for_tpus_with_its_gradient(dtype, d):
     """Head width 72 is that of DiT-XL; 64x64 tokens."""
     shape = jax.ShapeDtypeStruct((2, 4096, 3, d), dtype)
-    loss = lambda q, k, v: jnp.sum(attention.attention(q, k, v, "splash").astype(jnp.float32))
+    loss = lambda q, k, v: jnp.sum(attention.splash(q, k, v).astype(jnp.float32))
     program = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["tpu"])(shape, shape, shape)
     assert program.mlir_module().count("tpu_custom_call") >= 2
     assert "4096x4096" not in program.mlir_module()

@@ -119,7 +119,7 @@ def test_block_is_its_equations(vectors, shared, cross, turned, options):
     x, context = array(2, 6, 16), array(1, 3, 16) if cross else None
     angles = transformer.angles_2d(2, 3, 8) if turned else None
     block = Block(o, jnp.float32, vectors, shared)
-    given = (x, 0, None, condition, context, angles)
+    given = (x, 0, None, condition, context, transformer.turns(angles) if turned else None)
     params = draw(jax.eval_shape(block.init, jax.random.key(0), *given))
     ours = jax.jit(lambda params: block.apply(params, *given))(params)
     expected = numpy_block(
@@ -136,9 +136,9 @@ def test_block_is_its_equations(vectors, shared, cross, turned, options):
 def test_rotated_products_depend_on_the_distance_alone():
     """In rows and in columns: q at (r, c) times k at (r', c') is one number for every pair as far apart."""
     height, width, d = 4, 5, 12
-    angles = transformer.angles_2d(height, width, d)
+    rotation = transformer.turns(transformer.angles_2d(height, width, d))
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, d))
-    turned = lambda x: transformer.rotate(jnp.broadcast_to(x, (1, height * width, 1, d)), angles)[0, :, 0]
+    turned = lambda x: transformer.rotate(jnp.broadcast_to(x, (1, height * width, 1, d)), rotation)[0, :, 0]
     products = np.asarray(turned(q) @ turned(k).T).reshape(height, width, height, width)
     np.testing.assert_allclose(products[:-1, :-1, :-1, :-1], products[1:, 1:, 1:, 1:], atol=1e-5)
     assert np.ptp(products[0, 0]) > 0.1

@@ -20,8 +20,9 @@ class VPLinear:
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.beta_min < self.beta_max:
-            raise ValueError(f"0 < beta_min < beta_max must hold, not {self.beta_min} and {self.beta_max}")
+        # Beyond a beta_max of 300 float32 has no alpha left at t = 1.
+        if not 1e-6 <= self.beta_min < self.beta_max <= 300.0:
+            raise ValueError(f"1e-6 <= beta_min < beta_max <= 300 must hold, not {self.beta_min} and {self.beta_max}")
 
     def _log_alpha(self, t: Array) -> Array:
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
@@ -57,13 +58,17 @@ class Cosine:
             raise ValueError(f"logsnr_min must be negative, not {self.logsnr_min}")
 
     @property
+    def _rest(self) -> float:
+        """pi/2 - theta."""
+        return math.atan(math.exp(0.5 * self.logsnr_min))
+
+    @property
     def _theta(self) -> float:
-        return math.atan(math.exp(-0.5 * self.logsnr_min))
+        return 0.5 * math.pi - self._rest
 
     def alpha(self, t: Array) -> Array:  # noqa: D102
         # cos(theta t) as a sine that counts from the end: exact where alpha is small, and 0 where theta is pi/2.
-        rest = math.atan(math.exp(0.5 * self.logsnr_min))
-        return jnp.sin(rest + self._theta * (1.0 - t))
+        return jnp.sin(self._rest + self._theta * (1.0 - t))
 
     def sigma(self, t: Array) -> Array:  # noqa: D102
         return jnp.sin(self._theta * t)
@@ -97,14 +102,15 @@ class Sigmoid:
     gamma_min: float = 1e-9
 
     def __post_init__(self) -> None:
-        if not (self.start < self.end and self.tau > 0.0 and 0.0 <= self.gamma_min < 1.0):
-            raise ValueError(
-                "start < end, tau > 0 and 0 <= gamma_min < 1 must hold, "
-                f"not {self.start}, {self.end}, {self.tau} and {self.gamma_min}"
-            )
+        if not (self.tau > 0.0 and 0.0 <= self.gamma_min < 1.0):
+            raise ValueError(f"tau > 0 and 0 <= gamma_min < 1 must hold, not {self.tau} and {self.gamma_min}")
+        a, b = self._ends
+        if not (-80.0 <= a < b <= 80.0 and b - a >= 1e-6):  # float32 has exp(80), and not exp(90)
+            raise ValueError(f"start / tau must lie below end / tau, by 1e-6, both in [-80, 80], not be {a} and {b}")
 
     @property
     def _ends(self) -> tuple[float, float]:
+        """The ends of the piece, start / tau and end / tau."""
         return self.start / self.tau, self.end / self.tau
 
     def alpha(self, t: Array) -> Array:  # noqa: D102
@@ -153,8 +159,9 @@ class VE:
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"0 < sigma_min < sigma_max must hold, not {self.sigma_min} and {self.sigma_max}")
+        if not 1e-6 <= self.sigma_min < self.sigma_max <= 1e6:  # float32 has (sigma_max / sigma_min)^2
+            low, high = self.sigma_min, self.sigma_max
+            raise ValueError(f"1e-6 <= sigma_min < sigma_max <= 1e6 must hold, not {low} and {high}")
 
     @property
     def _rate(self) -> float:
@@ -181,8 +188,8 @@ class EDM:
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
-        if not self.sigma_max > 0.0:
-            raise ValueError(f"sigma_max must be positive, not {self.sigma_max}")
+        if not 1e-6 <= self.sigma_max <= 1e6:
+            raise ValueError(f"sigma_max must lie in [1e-6, 1e6], not be {self.sigma_max}")
 
     def alpha(self, t: Array) -> Array:  # noqa: D102
         return jnp.ones_like(t)

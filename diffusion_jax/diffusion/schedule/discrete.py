@@ -15,6 +15,9 @@ import numpy as np
 
 from diffusion_jax.types import Array
 
+MOST_STEPS = 1_000_000
+"""The most steps of a discrete process: float32 tells times that are 1e-6 apart from each other, and hardly less."""
+
 
 class Discrete(ABC):
     """What the schedules of this file share; each of them states `alphas`."""
@@ -58,6 +61,12 @@ def _interpolate(x: Array, nodes: np.ndarray, values: np.ndarray) -> Array:
     return jnp.interp(x, jnp.asarray(nodes, x.dtype), jnp.asarray(values, x.dtype))
 
 
+def check_steps(steps: int) -> None:
+    """Raise `ValueError` unless a discrete process may have as many."""
+    if not 2 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps must lie in [2, {MOST_STEPS}], not be {steps}")
+
+
 def _alphas(betas: np.ndarray) -> np.ndarray:
     return np.sqrt(np.cumprod(1.0 - betas))
 
@@ -75,11 +84,12 @@ class _ScaledBetas(Discrete):
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        beta_min, beta_max, steps = self.beta_min, self.beta_max, self.steps
-        if not (0.0 < beta_min < beta_max and steps > 1):
-            raise ValueError(f"0 < beta_min < beta_max and steps > 1 must hold, not {beta_min}, {beta_max} and {steps}")
-        if not beta_max * self._scale < 1.0:
-            raise ValueError(f"1000 / steps times beta_max must stay below 1, not be {beta_max * self._scale:.3g}")
+        check_steps(self.steps)
+        if not self.beta_max * self._scale < 1.0:
+            raise ValueError(f"1000 / steps times beta_max must stay below 1, not be {self.beta_max * self._scale:.3g}")
+        # Beyond a beta_max of 0.25 float32 has no alpha left at the end of many steps.
+        if not 1e-9 <= self.beta_min < self.beta_max <= 0.25:
+            raise ValueError(f"1e-9 <= beta_min < beta_max <= 0.25 must hold, not {self.beta_min} and {self.beta_max}")
 
     @property
     def _scale(self) -> float:
@@ -120,11 +130,9 @@ class CosineDiscrete(Discrete):
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if not (self.offset >= 0.0 and 0.0 < self.beta_max < 1.0 and self.steps > 1):
-            raise ValueError(
-                "offset >= 0, 0 < beta_max < 1 and steps > 1 must hold, "
-                f"not {self.offset}, {self.beta_max} and {self.steps}"
-            )
+        check_steps(self.steps)
+        if not (0.0 <= self.offset <= 1.0 and 1e-6 <= self.beta_max < 1.0):
+            raise ValueError(f"offset must lie in [0, 1] and beta_max in [1e-6, 1), not {self.offset}, {self.beta_max}")
 
     def alphas(self) -> np.ndarray:  # noqa: D102
         k = np.arange(self.steps + 1)
@@ -140,10 +148,6 @@ class ZeroTerminalSNR(Discrete):
     """
 
     of: Discrete
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.of, Discrete):
-            raise ValueError(f"'of' must be a schedule of discrete steps (ddpm_linear, scaled_linear), not {self.of}")
 
     def alphas(self) -> np.ndarray:  # noqa: D102
         alphas = self.of.alphas()

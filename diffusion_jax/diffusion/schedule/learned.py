@@ -40,11 +40,11 @@ class Learned:
     hidden: int = 1024
 
     def __post_init__(self) -> None:
-        if not (self.logsnr_min < self.logsnr_max and self.hidden > 0):
-            raise ValueError(
-                "logsnr_min < logsnr_max and hidden > 0 must hold, "
-                f"not {self.logsnr_min}, {self.logsnr_max} and {self.hidden}"
-            )
+        low, high = self.logsnr_min, self.logsnr_max
+        if not -40.0 <= low <= high - 1.0 <= 39.0:  # float32 has exp(logsnr_max - logsnr_min)
+            raise ValueError(f"logsnr_min must lie below logsnr_max, by 1, both in [-40, 40], not be {low} and {high}")
+        if self.hidden < 1:
+            raise ValueError(f"hidden must be positive, not {self.hidden}")
 
     def init(self, key: Array) -> Tree:
         """`a`, `b`, `c` f32[hidden]: bends of the curve, spread over [0, 1]."""

@@ -9,7 +9,7 @@ from diffusion_jax.diffusion.schedule import Schedule
 from diffusion_jax.diffusion.solvers.base import pytree
 from diffusion_jax.diffusion.solvers.log_steps import ddim, exponential_moments, log_step
 from diffusion_jax.diffusion.solvers.memory import Memory, behind, beyond_first, empty
-from diffusion_jax.types import Array, Denoiser
+from diffusion_jax.types import Array, Denoiser, Tree
 
 
 @pytree
@@ -35,15 +35,8 @@ class UniPC:
         return empty(x, self.order), jnp.zeros_like(x)
 
     def step(  # noqa: D102
-        self,
-        denoise: Denoiser,
-        schedule: Schedule,
-        x: Array,
-        t: Array,
-        s: Array,
-        carry: tuple[Memory, Array],
-        keys: Array,
-    ) -> tuple[Array, tuple[Memory, Array]]:
+        self, denoise: Denoiser, schedule: Schedule, x: Array, t: Array, s: Array, carry: Tree, keys: Array
+    ) -> tuple[Array, Tree]:
         memory, predicted = carry
         d = denoise(x, t)
         last, *older = memory.values
