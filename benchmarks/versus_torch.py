@@ -69,7 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of both sides, on a CPU")
-    parser.add_argument("--turns", type=int, default=7, help="of each side in each case")
+    parser.add_argument("--turns", type=int, default=5, help="of each side in each case")
     parser.add_argument("--seconds", type=float, default=1.0, help="that a turn lasts, or one step where that is more")
     parser.add_argument("--torch_python", default=sys.executable, help="an interpreter with torch and diffusers")
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")

@@ -22,7 +22,7 @@ def prepare(task: Task) -> tuple[Callable[[], None], dict[str, Any]]:
     network = networks.build("network", task.network, preset.image, task.dtype, preset.channels_out)
     given = inputs(task)
     params = jax.jit(lambda: shaken(network.init(jax.random.key(0))))()
-    about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    about = {"jax": jax.__version__}
     x, label = jnp.asarray(given["x"]), None if given["label"] is None else jnp.asarray(given["label"])
     if task.what == "train":
         return training(network, params, x, jnp.asarray(given["time"]), label, jnp.asarray(given["target"])), about
