@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from diffusion_jax import networks
-from diffusion_jax.networks import flops
+from diffusion_jax.networks import attention, flops
 from diffusion_jax.networks.presets import PRESETS
 from diffusion_jax.types import ImageSpec
 
@@ -115,6 +115,6 @@ def test_what_shapes_do_not_tell_is_refused():
     forever = lambda a: jax.lax.while_loop(lambda a: a.sum() > 0, lambda a: a @ a, a)
     with pytest.raises(ValueError, match="while: its multiply-adds cannot be told"):
         flops.multiply_adds_of(forever, w)
-    image = ImageSpec(size=64, channels=3, num_classes=0)
+    q = jax.ShapeDtypeStruct((1, 1024, 6, 64), jnp.float32)
     with pytest.raises(ValueError, match="pallas_call"):
-        flops.multiply_adds(networks.build("network", "dit(patch=2,depth=1,attention='splash')", image), image)
+        flops.multiply_adds_of(attention.splash, q, q, q)
