@@ -43,6 +43,9 @@ class Denoised(NamedTuple):
 Denoiser = Callable[[Array, Array], Denoised]
 """(x f32[n,H,W,C], t f32[] or f32[n]) -> `Denoised`."""
 
+LabelDenoiser = Callable[[Array, Array, Array | None], Denoised]
+"""(x, t, label i32[n], or None without classes) -> `Denoised`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
@@ -141,7 +144,7 @@ class Family:
       trajectory: as `generate`, with the number of steps as a last argument, a Python number -> all stops on the way,
         f32[n,steps + 1,H,W,C]; None where there is no way.
       edits: what else can be done with a trained model, by name.
-      denoise: (weights, x, t, label i32[n] or None) -> `Denoised`, the plain model; None where the family has no noise.
+      denoise: weights -> the plain model, prepared for a loop; None where the family has no noise.
       augment: width of the label of augmentation that the training batches must have; 0 for none.
       guided_by: another family's `denoise` -> this family, guided away from it; its weights then hold the other's as
         `weak`.
@@ -155,7 +158,7 @@ class Family:
     nll: Callable[[Weights, Batch, Array], Array] | None = None
     trajectory: Callable[[Weights, Array, Condition, Tree, int], Array] | None = None
     edits: Mapping[str, Edit] = field(default_factory=dict)
-    denoise: Callable[[Weights, Array, Array, Array | None], Denoised] | None = None
+    denoise: Callable[[Weights], LabelDenoiser] | None = None
     augment: int = 0
     guided_by: Callable[[Callable], "Family"] | None = None
 

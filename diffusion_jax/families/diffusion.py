@@ -43,6 +43,7 @@ from diffusion_jax.types import (
     Denoised,
     Family,
     ImageSpec,
+    LabelDenoiser,
     Player,
     Tree,
     Weights,
@@ -227,7 +228,7 @@ class Model:
     label_dropout: float
     likelihood: Likelihood
     classifier: NoisyClassifier | None = None
-    weak: Callable[[Weights, Array, Array, Array | None], Denoised] | None = None
+    weak: Callable[[Weights], LabelDenoiser] | None = None
 
     def family(self) -> Family:
         """What everyone else sees of the model."""
@@ -246,7 +247,7 @@ class Model:
             nll=self.nll,
             trajectory=self.trajectory,
             edits={name: partial(edit, self) for name, edit in EDITS.items()},
-            denoise=self.denoise,
+            denoise=self.bound,
             augment=self.network.augment,
             guided_by=lambda weak: replace(self, weak=weak).family(),
         )
@@ -340,6 +341,11 @@ class Model:
             ready["classifier"] = self.classifier.network.prepare(weights["classifier"])
         return {**weights, **ready}
 
+    def bound(self, weights: Weights) -> LabelDenoiser:
+        """The plain model under labels that are given with each point."""
+        weights = self.prepared(weights)
+        return lambda x, t, label: self.denoise(weights, x, t, label)
+
     def denoise(self, weights: Weights, x: Array, t: Array, label: Array | None) -> Denoised:
         """What the plain model makes of x under labels i32[n]."""
         prediction = self.prediction(weights)
@@ -355,7 +361,8 @@ class Model:
             pair = guidance.with_and_without_label(by_label, label, self.spec.num_classes)
             guided = guidance.guide(pair, schedule, options.guidance, options.rules)
         if self.weak:
-            pair = guidance.strong_and_weak(guided, lambda x, t: self.weak(weights["weak"], x, t, label))
+            weak = self.weak(weights["weak"])
+            pair = guidance.strong_and_weak(guided, lambda x, t: weak(x, t, label))
             guided = guidance.guide(pair, schedule, options.autoguidance, options.autoguidance_rules)
         if self.classifier:
             follow = partial(self.classifier.guide, weights["classifier"], self.prediction(weights), label)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from diffusion_jax.networks import attention, layers, remat, unet
@@ -24,9 +23,6 @@ from diffusion_jax.networks.layers import Conv, Dense, GroupNorm
 from diffusion_jax.types import Array
 
 EPSILON = 1e-5  # of the norms
-
-UNIFORM = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
-"""Between -1 / sqrt(n) and 1 / sqrt(n) for n inputs, torch's default; biases start at 0 here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +106,15 @@ class ADM(nn.Module):
         def down(x: Array, name: str) -> Array:
             if o.resblock_updown:
                 return residual(x, x.shape[-1], name, halved)
-            return HalvingConv(self.dtype, name=name)(x)
+            # Around the pixels 0, 2, 4, ..., as in torch; DDPM, which pads below and right alone, has 1, 3, 5, ...
+            return Conv(x.shape[-1], 3, 2, 1, self.dtype, layers.UNIFORM, name=name)(x)
 
         def up(x: Array, name: str) -> Array:
             if o.resblock_updown:
                 return residual(x, x.shape[-1], name, unet.doubled)
-            return Conv(x.shape[-1], dtype=self.dtype, kernel_init=UNIFORM, name=name)(unet.doubled(x))
+            return Conv(x.shape[-1], dtype=self.dtype, kernel_init=layers.UNIFORM, name=name)(unet.doubled(x))
 
-        x = Conv(o.widths[0], dtype=self.dtype, kernel_init=UNIFORM, name="in")(x)
+        x = Conv(o.widths[0], dtype=self.dtype, kernel_init=layers.UNIFORM, name="in")(x)
         skips = [x]
         for level, features in enumerate(o.widths):
             if level:
@@ -143,8 +140,8 @@ class ADM(nn.Module):
         """The embedding of time and label, [B or 1, 4 channels], past its last nonlinearity."""
         o, width = self.options, 4 * self.options.channels
         y = layers.sinusoidal(o.time_scale * time, o.channels).astype(self.dtype)
-        y = nn.silu(Dense(width, self.dtype, UNIFORM, name="time_in")(y))
-        y = Dense(width, self.dtype, UNIFORM, name="time_out")(y)
+        y = nn.silu(Dense(width, self.dtype, layers.UNIFORM, name="time_in")(y))
+        y = Dense(width, self.dtype, layers.UNIFORM, name="time_out")(y)
         if self.num_classes:
             table = self.param("label", nn.initializers.normal(1.0), (self.num_classes, width))
             # The label "none" lies outside of the table, and adds 0.
@@ -171,21 +168,21 @@ class ResidualBlock(nn.Module):
         y = nn.silu(GroupNorm(epsilon=EPSILON, name="norm_0")(x))
         if self.resample:
             x, y = self.resample(x), self.resample(y)
-        y = Conv(self.features, dtype=self.dtype, kernel_init=UNIFORM, name="conv_0")(y)
+        y = Conv(self.features, dtype=self.dtype, kernel_init=layers.UNIFORM, name="conv_0")(y)
 
         y = nn.silu(self.norm_under(condition, y))
         y = layers.dropout(y, o.dropout, keys, self.layer)
         y = Conv(self.features, dtype=self.dtype, kernel_init=layers.ZEROS, name="conv_1")(y)
         if x.shape[-1] != self.features:
-            x = Conv(self.features, size=1, dtype=self.dtype, kernel_init=UNIFORM, name="skip")(x)
+            x = Conv(self.features, size=1, dtype=self.dtype, kernel_init=layers.UNIFORM, name="skip")(x)
         return x + y
 
     def norm_under(self, condition: Array, y: Array) -> Array:
         """AdaGN(y, condition) with `scale_shift_norm`, else GroupNorm(y + condition)."""
         norm = GroupNorm(epsilon=EPSILON, name="norm_1")
         if not self.options.scale_shift_norm:
-            return norm(unet.add(y, Dense(self.features, self.dtype, UNIFORM, name="condition")(condition)))
-        vectors = Dense(2 * self.features, self.dtype, UNIFORM, name="condition")(condition)
+            return norm(unet.add(y, Dense(self.features, self.dtype, layers.UNIFORM, name="condition")(condition)))
+        vectors = Dense(2 * self.features, self.dtype, layers.UNIFORM, name="condition")(condition)
         scale, shift = jnp.split(vectors[:, None, None].astype(jnp.float32), 2, axis=-1)
         # In float32 for the gradients of scale and shift, as in `unet.add`.
         return ((1.0 + scale) * norm(y).astype(jnp.float32) + shift).astype(y.dtype)
@@ -208,32 +205,9 @@ class Attention(nn.Module):
         """[B,H,W,C] -> the same."""
         B, H, W, C = x.shape
         y = GroupNorm(epsilon=EPSILON, name="norm")(x)
-        y = Dense(3 * C, self.dtype, UNIFORM, name="qkv")(y).reshape(B, H * W, 3, self.heads, -1)
+        y = Dense(3 * C, self.dtype, layers.UNIFORM, name="qkv")(y).reshape(B, H * W, 3, self.heads, -1)
         y = attention.attention(*jnp.moveaxis(y, 2, 0), self.implementation).reshape(B, H, W, C)
         return x + Dense(C, self.dtype, layers.ZEROS, name="out")(y)
-
-
-class HalvingConv(nn.Module):
-    """3x3 convolution with stride 2 around the pixels 0, 2, 4, ...: padded by one pixel on each side, as in torch.
-
-    "SAME", DDPM's, pads below and to the right alone, and has 1, 3, 5, ... in the middle.
-    """
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[B,H,W,C] -> [B,H/2,W/2,C]."""
-        C = x.shape[-1]
-        kernel, bias = self.param("kernel", UNIFORM, (3, 3, C, C)), self.param("bias", layers.ZEROS, (C,))
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(2, 2),
-            padding=((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return unet.add(y, bias[None])
 
 
 def halved(x: Array) -> Array:

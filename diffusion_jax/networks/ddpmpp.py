@@ -69,8 +69,7 @@ class DDPMPPOptions:
 
     def __post_init__(self) -> None:
         unet.check_sizes(self)
-        if not self.multipliers or any(not isinstance(m, int) or m < 1 for m in self.multipliers):
-            raise ValueError(f"multipliers must be whole numbers of at least 1, not {self.multipliers}")
+        unet.check_multipliers(self.multipliers)
         if self.augment < 0 or self.noise_multiplier < 1:
             raise ValueError("augment must be at least 0, and noise_multiplier at least 1")
         for name, choices in {"embedding": EMBEDDINGS, "encoder": ("standard", "residual")}.items():

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.networks import attention, layers, remat
-from diffusion_jax.networks.unet import check_sizes, doubled
+from diffusion_jax.networks.unet import check_multipliers, check_sizes, doubled
 from diffusion_jax.types import Array, Tree
 
 RESIDUAL, ATTENTION, LABEL, SKIP = 0.3, 0.3, 0.5, 0.5
@@ -64,8 +64,7 @@ class EDM2Options:
             raise ValueError(
                 f"channels must be a multiple of head_channels = {self.head_channels}, not {self.channels}"
             )
-        if not self.multipliers or any(not isinstance(m, int) or m < 1 for m in self.multipliers):
-            raise ValueError(f"multipliers must be whole numbers of at least 1, not {self.multipliers}")
+        check_multipliers(self.multipliers)
         if self.log_variance < 0:
             raise ValueError(f"log_variance must be at least 0, not {self.log_variance}")
 

@@ -17,6 +17,8 @@ from diffusion_jax.types import Array
 
 XAVIER = nn.initializers.xavier_uniform()
 ZEROS = nn.initializers.zeros_init()
+UNIFORM = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+"""Between -1 / sqrt(n) and 1 / sqrt(n) for n inputs, torch's default; torch's biases begin so, too, and ours at 0."""
 
 
 def ready(module: nn.Module, name: str, make: Callable[[], Array]) -> Array:
@@ -52,11 +54,15 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """Square convolution with "same" padding, NHWC, with the bias added in float32."""
+    """Square convolution, NHWC, with the bias added in float32.
+
+    `padding` is that of each side in pixels; None pads as little as H/stride needs, below and to the right first.
+    """
 
     features: int
     size: int = 3
     stride: int = 1
+    padding: int | None = None
     dtype: jnp.dtype = jnp.float32
     kernel_init: nn.initializers.Initializer = XAVIER
 
@@ -70,7 +76,7 @@ class Conv(nn.Module):
             x.astype(self.dtype),
             kernel,
             window_strides=(self.stride, self.stride),
-            padding="SAME",
+            padding="SAME" if self.padding is None else [(self.padding, self.padding)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return _add_bias(y, bias, self.dtype)

@@ -40,8 +40,7 @@ class UNetOptions:
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        if not self.multipliers or any(not isinstance(m, int) or m < 1 for m in self.multipliers):
-            raise ValueError(f"multipliers must be whole numbers of at least 1, not {self.multipliers}")
+        check_multipliers(self.multipliers)
 
 
 def check_sizes(options: Any) -> None:
@@ -56,6 +55,12 @@ def check_sizes(options: Any) -> None:
         raise ValueError(f"dropout must lie in [0, 1), not {options.dropout}")
     remat.check(options.remat)
     attention.check(options.attention_implementation)
+
+
+def check_multipliers(multipliers: tuple) -> None:
+    """Raise a ValueError unless all are whole numbers."""
+    if not multipliers or any(not isinstance(m, int) or m < 1 for m in multipliers):
+        raise ValueError(f"multipliers must be whole numbers of at least 1, not {multipliers}")
 
 
 class UNet(nn.Module):

@@ -15,9 +15,6 @@ from diffusion_jax.networks.layers import Conv, Dense
 from diffusion_jax.networks.transformer import NORMAL, Block, BlockOptions, Norm
 from diffusion_jax.types import Array
 
-UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""Between -1 and 1 over the root of the inputs: PyTorch's for a convolution."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class UViTOptions:
@@ -83,7 +80,7 @@ class UViT(nn.Module):
         o = self.options
         H, W = x.shape[1:3]
 
-        tokens = Dense(o.width, self.dtype, UNIFORM, name="patch_in")(transformer.cut(x, o.patch))
+        tokens = Dense(o.width, self.dtype, layers.UNIFORM, name="patch_in")(transformer.cut(x, o.patch))
         patches = tokens.shape[1]
         tokens = transformer.prepend(layers.sinusoidal(1000.0 * time, o.width)[:, None], tokens)
         if self.num_classes:
@@ -104,7 +101,7 @@ class UViT(nn.Module):
         tokens = Norm("layer", o.block().epsilon, name="out_norm")(tokens[:, -patches:])
         tokens = Dense(o.patch**2 * self.channels_out, jnp.float32, NORMAL, name="patch_out")(tokens)
         y = transformer.join(tokens, o.patch, H, W)
-        return Conv(self.channels_out, kernel_init=UNIFORM, name="out")(y) if o.convolution else y
+        return Conv(self.channels_out, kernel_init=layers.UNIFORM, name="out")(y) if o.convolution else y
 
     def embedded(self, label: Array) -> Array:
         """i32[B] -> [B, width]."""

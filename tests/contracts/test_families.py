@@ -280,7 +280,7 @@ def models(label):
     params, _ = weights("diffusion-autoguided")
 
     def alone(name, params):
-        denoise = jax.jit(family(name).denoise)
+        denoise = jax.jit(lambda weights, *point: family(name).denoise(weights)(*point))
         return lambda x, t: denoise(params, x, jnp.float32(t), label).x0
 
     return alone("diffusion-autoguided", params), alone(WORSE["diffusion-autoguided"], params["weak"])

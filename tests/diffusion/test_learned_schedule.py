@@ -101,9 +101,15 @@ def test_the_bound_does_not_depend_on_the_way_but_its_variance_does(x64):
     assert seen[-1] >= expected**2  # the least there is: every time with the same loss
 
 
-@pytest.mark.parametrize("options", [{"logsnr_min": 20.0}, {"hidden": 0}])
-def test_impossible_options(options):
-    with pytest.raises(ValueError, match="must hold"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logsnr_min": 20.0}, "logsnr_min must lie below logsnr_max, .* not be 20.0 and"),
+        ({"hidden": 0}, "hidden must be positive, not 0"),
+    ],
+)
+def test_impossible_options(options, message):
+    with pytest.raises(ValueError, match=message):
         Learned(**options)
 
 

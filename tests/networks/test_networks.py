@@ -156,7 +156,7 @@ def test_layer_norm(dtype):
     x = (30.0 + jax.random.normal(jax.random.key(0), (3, 256))).astype(dtype)
     exact = np.asarray(x, np.float64)
     expected = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
-    y = transformer.Norm("layer", 1e-6).apply({}, x, jnp.zeros((1, 1)), jnp.zeros((1, 1)))
+    y = transformer.Norm("layer", 1e-6).apply({}, x, jnp.zeros((1, 256)), jnp.zeros((1, 256)))
     assert y.dtype == dtype
     np.testing.assert_allclose(
         np.asarray(y, np.float64), expected, rtol=1e-4 if dtype == jnp.float32 else 2**-8, atol=1e-4

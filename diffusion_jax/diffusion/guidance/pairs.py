@@ -18,10 +18,7 @@ from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.guidance.memory import Guided, as_guided
 from diffusion_jax.diffusion.guidance.rules import Point, Rule
 from diffusion_jax.diffusion.schedule import Schedule
-from diffusion_jax.types import Array, Denoised, Denoiser, Tree
-
-LabelDenoiser = Callable[[Array, Array, Array], Denoised]
-"""(x, t, label i32[n]) -> `Denoised`."""
+from diffusion_jax.types import Array, Denoised, Denoiser, LabelDenoiser, Tree
 
 
 class Pair(NamedTuple):
