@@ -207,6 +207,7 @@ def build(settings: FamilySettings, spec: ImageSpec, precision: str) -> Family:
 def _classifier(text: str, spec: ImageSpec, precision: str) -> NoisyClassifier:
     require(spec.num_classes > 0, "family.classifier", text, "needs data with classes")
     network = networks.build("family.classifier", text, spec, precision, spec.num_classes)
+    require(not network.augment, "family.classifier", text, "is told of no augmentation; give it augment=0")
     return NoisyClassifier(network=network, num_classes=spec.num_classes)
 
 

@@ -183,8 +183,8 @@ class ResidualBlock(nn.Module):
         if not self.options.scale_shift_norm:
             return norm(unet.add(y, Dense(self.features, self.dtype, layers.UNIFORM, name="condition")(condition)))
         vectors = Dense(2 * self.features, self.dtype, layers.UNIFORM, name="condition")(condition)
-        scale, shift = jnp.split(vectors[:, None, None].astype(jnp.float32), 2, axis=-1)
         # In float32 for the gradients of scale and shift, as in `unet.add`.
+        scale, shift = (layers.spread(v, y.shape) for v in jnp.split(vectors.astype(jnp.float32), 2, axis=-1))
         return ((1.0 + scale) * norm(y).astype(jnp.float32) + shift).astype(y.dtype)
 
 
@@ -224,4 +224,4 @@ def size_error(options: ADMOptions, size: int) -> str:
     for width in (*attended, options.widths[-1]):
         if width % divisor:
             return f"{name} = {divisor} must divide the {width} channels of an attention"
-    return unet.halving_error(options.multipliers, size)
+    return unet.size_error(options, size)

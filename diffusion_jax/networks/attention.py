@@ -51,9 +51,10 @@ def exact(q: Array, k: Array, v: Array) -> Array:
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     logits = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     highest = largest(jax.lax.stop_gradient(logits))
-    w = jnp.exp((logits - highest) * q.shape[-1] ** -0.5)
-    y = jnp.einsum("bhts,bhsd->bhtd", w.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (y / jnp.sum(w, -1, keepdims=True)).astype(q.dtype).swapaxes(1, 2)
+    w = jnp.exp((logits - highest) * q.shape[-1] ** -0.5).astype(v.dtype)
+    ones = jnp.ones((*v.shape[:-1], 1), v.dtype)
+    y = jnp.einsum("bhts,bhsd->bhtd", w, jnp.concatenate([v, ones], -1), preferred_element_type=jnp.float32)
+    return (y[..., :-1] / y[..., -1:]).astype(q.dtype).swapaxes(1, 2)
 
 
 def largest(x: Array) -> Array:
@@ -116,4 +117,4 @@ def check(implementation: str) -> None:
     """Raise a ValueError where `implementation` is neither "auto" nor a row of IMPLEMENTATIONS."""
     names = ("auto", *IMPLEMENTATIONS)
     if implementation not in names:
-        raise ValueError(f"attention must be one of {', '.join(names)}, not {implementation!r}")
+        raise ValueError(f"the implementation of attention must be one of {', '.join(names)}, not {implementation!r}")

@@ -55,7 +55,7 @@ def _adm() -> dict[str, Preset]:
     wide = "channels=256,blocks=2,dropout=0.0"
     texts = {
         64: "adm",
-        128: f"adm({wide},multipliers=(1,1,2,3,4),heads=4)",
+        128: f"adm({wide},multipliers=(1,1,2,3,4),heads=4)",  # the one whose README has heads, not channels a head
         256: f"adm({wide},multipliers=(1,1,2,2,4,4))",
         512: f"adm({wide},multipliers=(0.5,1,1,2,2,4,4))",
     }

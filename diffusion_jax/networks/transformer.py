@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -162,6 +163,7 @@ def gated(x: Array, gate: Array | None, y: Array) -> Array:
     if gate is None:
         return x + y
     gate = layers.spread(gate[:, 0].astype(jnp.float32), x.shape)
+    x, y = jax.lax.optimization_barrier((x, y))
     return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -4,7 +4,6 @@ As in hojonathanho/diffusion, where labels are ours: an embedding added to the t
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,14 +182,14 @@ def doubled(x: Array) -> Array:
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
-def size_error(options: UNetOptions, size: int) -> str:
-    """Why images of `size` pixels cannot be halved as often as `options` ask, or ""."""
-    return halving_error(options.multipliers, size)
+def size_error(options: Any, size: int) -> str:
+    """Why a U-Net of `options` (`multipliers`, `attention`) cannot take images of `size` pixels, or "".
 
-
-def halving_error(multipliers: Sequence[float], size: int) -> str:
-    """Why images of `size` pixels cannot be halved between all resolutions, or ""."""
-    halvings = len(multipliers) - 1
-    if size % 2**halvings == 0:
-        return ""
-    return f"{len(multipliers)} multipliers halve the image {halvings} times, and {size} pixels cannot be"
+    A side of `attention` above `size` is passed over: the sides of a paper's network then hold for smaller images, too.
+    """
+    halvings = len(options.multipliers) - 1
+    if size % 2**halvings:
+        return f"{len(options.multipliers)} multipliers halve the image {halvings} times, and {size} pixels cannot be"
+    sides = [size >> level for level in range(halvings + 1)]
+    absent = [side for side in options.attention if side <= size and side not in sides]
+    return f"attention = {absent[0]} is none of the sides {', '.join(map(str, sides))}" if absent else ""

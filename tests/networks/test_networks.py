@@ -294,6 +294,8 @@ def test_network_without_keys_drops_nothing(name):
         ("uvit(patch=3)", 8, "patch = 3 must divide the image size 8"),
         ("uvit(heads=7)", 8, "heads = 7"),
         ("unet(multipliers=(1,2,2))", 10, "10 pixels"),
+        ("unet(attention=(7,))", 32, "attention = 7 is none of the sides 32, 16, 8, 4"),
+        ("adm(attention=(32,12))", 64, "attention = 12 is none of the sides 64, 32, 16, 8"),
         ("unet(channels=48)", 8, "32"),
         ("unet(multipliers=())", 8, "multipliers"),
         ("unet(multipliers=(1,0))", 8, "multipliers"),
