@@ -76,6 +76,7 @@ class Context:
     Attributes:
       batch: the examples.
       key: a key that belongs to this player and this step; `rng.example_keys` makes one an example out of it.
+      common: a key of this step that all players share: what is drawn by it is the same for each of them.
       step: i32[].
       extra: state that changes without gradient.
       ema: the averaged weights, by profile.
@@ -84,6 +85,7 @@ class Context:
 
     batch: Batch
     key: Array
+    common: Array
     step: Array
     extra: Tree
     ema: Mapping[str, Weights]
@@ -105,12 +107,14 @@ LossFn = Callable[[Weights, Context], tuple[Array, Aux]]
 class Player:
     """One group of parameters and the loss that it alone minimises, every `every`-th step.
 
-    After each update `project`, where there is one, puts the parameters back where they have to stay.
+    Its learning rate is `rate` times the config's. After each update `project`, where there is one, puts the parameters
+    back where they have to stay.
     """
 
     name: str
     loss: LossFn
     every: int = 1
+    rate: float = 1.0
     project: Callable[[Tree], Tree] | None = None
 
 
@@ -131,6 +135,26 @@ Edit = Callable[[Weights, Array, Mapping[str, Array], Tree], Array]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Latent:
+    """What a family's images are made from: for whoever walks there, between two images or along one dimension.
+
+    `generate(weights, keys, condition, options)` is `decode(weights, draw(keys, options), keys, condition, options)`.
+
+    Attributes:
+      shape: of one latent; about N(0, 1) in each number.
+      draw: (keys key[n], options) -> z f32[n,*shape].
+      decode: (weights, z, keys, condition, options) -> images f32[n,H,W,C] in [-1,1].
+      encode: (weights, images, keys, condition, options) -> z f32[n,*shape], which `decode` leads back to the images as
+        well as the family can; None where there is no way back.
+    """
+
+    shape: tuple[int, ...]
+    draw: Callable[[Array, Tree], Array]
+    decode: Callable[[Weights, Array, Array, Condition, Tree], Array]
+    encode: Callable[[Weights, Array, Array, Condition, Tree], Array] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family: pure functions only. The trainer, the sampler and the evaluation see nothing else of a model.
 
@@ -143,6 +167,7 @@ class Family:
       nll: (weights, batch, key) -> f32[B] in bits per dimension; None where the family has no likelihood.
       trajectory: as `generate`, with the number of steps as a last argument, a Python number -> all stops on the way,
         f32[n,steps + 1,H,W,C]; None where there is no way.
+      latent: what images are made from; None where that is nothing one could walk in.
       edits: what else can be done with a trained model, by name.
       denoise: weights -> the plain model, prepared for a loop; None where the family has no noise.
       augment: width of the label of augmentation that the training batches must have; 0 for none.
@@ -157,6 +182,7 @@ class Family:
     sampling: Callable[[Mapping[str, Any]], Tree]
     nll: Callable[[Weights, Batch, Array], Array] | None = None
     trajectory: Callable[[Weights, Array, Condition, Tree, int], Array] | None = None
+    latent: Latent | None = None
     edits: Mapping[str, Edit] = field(default_factory=dict)
     denoise: Callable[[Weights], LabelDenoiser] | None = None
     augment: int = 0

@@ -11,7 +11,9 @@ FOUNDATION = ("errors", "types", "files", "plugs", "rng", "tree", "settings")
 ROOMS = {
     "networks": FOUNDATION,
     "diffusion": FOUNDATION,
-    "families": (*FOUNDATION, "networks", "diffusion"),
+    "adversarial": FOUNDATION,
+    "variational": FOUNDATION,
+    "families": (*FOUNDATION, "networks", "diffusion", "adversarial", "variational"),
     "data": FOUNDATION,
     "training": (*FOUNDATION, "data"),
     "sampling": (*FOUNDATION, "data", "training"),

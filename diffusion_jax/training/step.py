@@ -85,7 +85,7 @@ class Trainer:
         norm = tree.norm(gradient)
         params = state.params[player.name]
         change, opt_state = self.optimizer.update(gradient, state.opt_state[player.name], params)
-        params = optax.apply_updates(params, change)
+        params = optax.apply_updates(params, jax.tree.map(lambda c: player.rate * c, change))
         new = replace(
             state,
             params=state.params | {player.name: player.project(params) if player.project else params},
@@ -99,10 +99,13 @@ class Trainer:
 
     def gradient(self, player: Player, state: TrainState, batch: Batch, frozen: Tree) -> tuple[Array, Aux, Tree]:
         """(loss, aux, gradient) of one player, averaged over `accumulate` microbatches."""
-        key = rng.stream(rng.stream(self.seed, "train", state.step), player.name)
+        common = rng.stream(self.seed, "train", state.step)
+        key = rng.stream(common, player.name)
 
         def loss(own: Tree, extra: Tree, micro: Batch) -> tuple[Array, Aux]:
-            ctx = Context(batch=micro, key=key, step=state.step, extra=extra, ema=state.ema, frozen=frozen)
+            ctx = Context(
+                batch=micro, key=key, common=common, step=state.step, extra=extra, ema=state.ema, frozen=frozen
+            )
             return player.loss(state.params | {player.name: own}, ctx)
 
         value_and_grad = jax.value_and_grad(loss, has_aux=True)

@@ -191,7 +191,13 @@ def test_losses_and_gradients_are_finite(name):
     it, spec = family(name), PAIRINGS[name][1]
     params, extra = weights(name)
     ctx = Context(
-        batch=batch(spec), key=jax.random.key(0), step=jnp.int32(0), extra=extra, ema={"main": params}, frozen={}
+        batch=batch(spec),
+        key=jax.random.key(0),
+        common=jax.random.key(1),
+        step=jnp.int32(0),
+        extra=extra,
+        ema={"main": params},
+        frozen={},
     )
     for player in it.players:
         own = lambda mine, player=player: player.loss(params | {player.name: mine}, ctx)

@@ -1,0 +1,1 @@
+"""Two players: losses, regularisers and augmentations of adversarial training. Knows no network."""

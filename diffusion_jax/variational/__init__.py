@@ -1,0 +1,1 @@
+"""Posteriors, likelihoods and bounds of variational training. Knows no network."""
