@@ -59,7 +59,8 @@ class Trainer:
             finite, metrics = finite & fine, metrics | seen
 
         stopped = state.skipped["in_a_row"] >= self.train.max_skipped
-        new = tree.where(finite & ~stopped, self.average(new), state)
+        # The flag is made of all leaves; without the barrier XLA's CPU compiler makes it anew for each of them.
+        new = tree.where(jax.lax.optimization_barrier(finite & ~stopped), self.average(new), state)
         missed = (~finite).astype(jnp.int32)
         in_a_row = jnp.where(stopped, state.skipped["in_a_row"], (state.skipped["in_a_row"] + 1) * missed)
         skipped = {"total": state.skipped["total"] + missed, "in_a_row": in_a_row}
