@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.networks import attention, layers, remat
+from diffusion_jax.networks.convolution import convolve
 from diffusion_jax.networks.unet import check_multipliers, check_sizes, doubled
 from diffusion_jax.types import Array, Tree
 
@@ -215,9 +216,7 @@ class Conv(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[B,H,W,C] -> [B,H,W,features]."""
         kernel = ready_unit(self, (3, 3, x.shape[-1], self.features))
-        return jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        return convolve(x.astype(self.dtype), kernel)
 
 
 def ready_unit(layer: Dense | Conv, shape: tuple[int, ...]) -> Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import rng
+from diffusion_jax.networks.convolution import convolve
 from diffusion_jax.types import Array
 
 XAVIER = nn.initializers.xavier_uniform()
@@ -54,10 +55,7 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """Square convolution, NHWC, with the bias added in float32.
-
-    `padding` is that of each side in pixels; None pads as little as H/stride needs, below and to the right first.
-    """
+    """Square convolution, NHWC, with the bias added in float32; `padding` as in `convolve`."""
 
     features: int
     size: int = 3
@@ -72,13 +70,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = ready(self, "kernel", lambda: self.param("kernel", self.kernel_init, shape).astype(self.dtype))
         bias = self.param("bias", ZEROS, (self.features,))
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel,
-            window_strides=(self.stride, self.stride),
-            padding="SAME" if self.padding is None else [(self.padding, self.padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        y = convolve(x.astype(self.dtype), kernel, self.stride, self.padding)
         return _add_bias(y, bias, self.dtype)
 
 
