@@ -238,7 +238,15 @@ def test_the_label_reaches_the_network():
     @jax.jit
     def gradient(batch):
         def loss(weights):
-            ctx = Context(batch=batch, key=jax.random.key(1), common=jax.random.key(2), step=jnp.int32(0), extra=extra, ema={}, frozen={})
+            ctx = Context(
+                batch=batch,
+                key=jax.random.key(1),
+                common=jax.random.key(2),
+                step=jnp.int32(0),
+                extra=extra,
+                ema={},
+                frozen={},
+            )
             return family.players[0].loss(weights, ctx)[0]
 
         return jax.grad(loss)(weights)["denoiser"]["augment"]["kernel"]

@@ -214,7 +214,15 @@ def loss_of(built, pixel):
     """(loss of the denoiser's parameters on 64 images whose pixels are all `pixel`, parameters)."""
     params, extra = built.init(jax.random.key(0))
     batch = {"image": jnp.full((64, *PLAIN.shape), pixel), "index": jnp.arange(64)}
-    ctx = Context(batch=batch, key=rng.stream(0, "train", 0), common=rng.stream(0, "train", 0), step=jnp.int32(0), extra=extra, ema={}, frozen={})
+    ctx = Context(
+        batch=batch,
+        key=rng.stream(0, "train", 0),
+        common=rng.stream(0, "train", 0),
+        step=jnp.int32(0),
+        extra=extra,
+        ema={},
+        frozen={},
+    )
     return lambda own: built.players[0].loss({"denoiser": own}, ctx)[0], params["denoiser"]
 
 

@@ -25,6 +25,7 @@ PUBLISHED = {
     "dit-xl/8": 7.39,
 }
 SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
 def built(name):
@@ -33,10 +34,13 @@ def built(name):
 
 
 def of_dit(width, depth, patch, side=32, channels=4, channels_out=8):
-    """(matrix products, multiply-adds of modulations and gates) of a DiT with adaLN-Zero, from its sizes."""
+    """(matrix products, multiply-adds of modulations and gates) of a DiT with adaLN-Zero, from its sizes.
+
+    `exact` attention takes the sum of its T weights as one more column of v, in each of its heads.
+    """
     T, w = (side // patch) ** 2, width
     linear = 3 * w + w + 2 * 4 * w  # qkv, the projection after attention, the MLP: numbers out a token, times w
-    block = T * linear * w + 2 * T * T * w + 6 * w * w
+    block = T * linear * w + 2 * T * T * w + HEADS[w] * T * T + 6 * w * w
     ends = T * patch**2 * (channels + channels_out) * w
     condition = 256 * w + w * w + 2 * w * w
     return depth * block + ends + condition, (2 * depth + 1) * T * w + 2 * depth * T * w
@@ -80,6 +84,13 @@ CASES = {
         lambda x, k: jax.lax.conv_general_dilated(x, k, **CONV, feature_group_count=3),
         (x, jnp.ones((3, 3, 2, 12))),
         2 * 4 * 4 * 12 * 3 * 3 * 2,
+    ),
+    "transposed": (
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (1, 1), [(2, 2)] * 2, lhs_dilation=(2, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        (x, jnp.ones((4, 4, 6, 10))),
+        2 * 8 * 8 * 4 * 4 * 6 * 10,  # each pixel in meets each number of the kernel
     ),
     "multiply-add": (lambda a, b, c: a * b + c, (a, 2.0 * a, 3.0 * a), 4 * 16),
     "constants and squares": (lambda a: 2.0 * a + a * a, (a,), 0),
