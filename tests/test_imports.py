@@ -13,6 +13,7 @@ ROOMS = {
     "diffusion": FOUNDATION,
     "adversarial": FOUNDATION,
     "variational": FOUNDATION,
+    "latents": FOUNDATION,
     "families": (*FOUNDATION, "networks", "diffusion", "adversarial", "variational"),
     "data": FOUNDATION,
     "training": (*FOUNDATION, "data"),

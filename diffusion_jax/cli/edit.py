@@ -1,36 +1,47 @@
 """Edit images with a trained model, or go from one to another; nothing is trained for it.
 
+    reconstruct  encode --images and decode them: each beside its reconstruction
+    interpolate  --frames images between image 0 of two --seeds, or between the two --images
+    translate    encode --images under --source_label (their own where left out), decode under --label
     img2img      noise --images to --strength, walk down from there: variations, under --label
     inpaint      keep what is black in --mask, make what is white; each step --resamplings times (RePaint), by
                  default in 20 steps of 'ddpm(variance=1.0)'
-    translate    encode --images under --source_label (their own where left out), decode under --label
-    interpolate  --frames images between image 0 of two --seeds, or between the two --images
+
+A family that cannot encode images has `interpolate` between seeds alone; `img2img` and `inpaint` are diffusion's.
 
 --images is a samples file (.npz), whose labels are the images' own, or picture files (PNG, JPEG, WebP) separated by
-commas, resized and cropped to the model's size. FILE.npz and FILE.png are as `sample` writes them.
+commas, resized and cropped to the model's size. FILE.npz and FILE.png are as `sample` writes them; `reconstruct` puts
+the images themselves into the .npz, too, as `original`, and into the .png, each before its reconstruction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
 
+from diffusion_jax import files
 from diffusion_jax.cli import arguments, drawing
 from diffusion_jax.cli.sample import check_label
 from diffusion_jax.errors import UserError, require
 
 if TYPE_CHECKING:
-    from diffusion_jax.types import ImageSpec
+    from diffusion_jax.sampling import Act
+    from diffusion_jax.types import Family, ImageSpec
 
 READS = {
+    "reconstruct": {"images", "label"},
+    "interpolate": {"images", "label", "seeds", "frames"},
+    "translate": {"images", "label", "source_label"},
     "img2img": {"images", "label", "strength"},
     "inpaint": {"images", "label", "mask", "resamplings"},
-    "translate": {"images", "label", "source_label"},
-    "interpolate": {"images", "label", "seeds", "frames"},
 }
 """edit -> the flags of its own that it reads."""
+
+OWN = ("img2img", "inpaint")
+"""Edits that a family has of its own, in `Family.edits`; the others are walks in its latent."""
 
 DEFAULTS = {"inpaint": {"solver": "ddpm(variance=1.0)", "steps": 20, "grid": "uniform"}}
 """edit -> sampling options that suit it: RePaint needs a solver whose noise is that of the step back."""
@@ -60,25 +71,54 @@ def main(argv: Sequence[str]) -> None:
     arguments.required(values, "workdir")
     edit = check(values)
     out = drawing.check_out(values)
-    drawer = drawing.prepare(values, **DEFAULTS.get(edit, {}))
+    drawer = prepare(values, edit)
     model = drawer.model
-    name, rows = inputs(values, edit, model.spec)
-    if name not in model.family.edits:
-        raise UserError(f"--edit={edit}: the family {model.family.name} does not have it.")
-    if edit in ("translate", "interpolate"):
-        require_ode(drawer, encodes=name != "interpolate_seeds")
-    if name in ("translate", "interpolate_images"):
-        rule = "means nothing where no noise is drawn"
-        require(values.temperature is None, "--temperature", values.temperature, rule)
+    rows = inputs(values, edit, model.spec)
 
     from diffusion_jax.sampling import Sampler
 
     count = max(len(row) for row in rows.values() if row.ndim)
-    sampler = Sampler(model.family.edits[name], model.spec, model.mesh, drawer.batch_size)
+    sampler = Sampler(action(values, edit, model.family), model.spec, model.mesh, drawer.batch_size)
     images = sampler.images(drawer.weights, values.seed, rows, count, drawer.options)
     about = drawer.about | {"edit": {"name": edit} | {flag: values[flag].value for flag in sorted(READS[edit])}}
-    drawing.write(out, about, count, images, label=rows.get("label"))
+    if edit == "reconstruct":
+        write_beside(out, about, rows, images)
+    else:
+        drawing.write(out, about, count, images, label=rows.get("label"))
     print(f"{count} images in {out}")
+
+
+def prepare(values: flags.FlagValues, edit: str) -> drawing.Drawer:
+    """Open the run that the flags name, after checking that its family has the edit, and that the options allow it.
+
+    Raises:
+      UserError: for whatever is wrong with them.
+    """
+    from diffusion_jax.cli import runtime
+    from diffusion_jax.cli.workdir import open_model
+
+    runtime.prepare()
+    # Before the options: a family without the edit need not have the options that suit it either.
+    action(values, edit, open_model(values.workdir).family)
+    drawer = drawing.prepare(values, **DEFAULTS.get(edit, {}))
+    if edit not in OWN:
+        check_walk(values, drawer)
+    return drawer
+
+
+def action(values: flags.FlagValues, edit: str, family: "Family") -> "Act":
+    """What makes the images.
+
+    Raises:
+      UserError: naming the family, where it cannot.
+    """
+    from diffusion_jax import latents
+
+    if edit in OWN:
+        require(edit in family.edits, "--edit", edit, f"the family {family.name} does not have it")
+        return family.edits[edit]
+    name = edit if edit != "interpolate" else "interpolate_images" if values.images else "interpolate_seeds"
+    return partial(latents.WALKS[name], latents.latent_of(family, "--edit", edit, encodes=bool(values.images)))
 
 
 def check(values: flags.FlagValues) -> str:
@@ -94,13 +134,13 @@ def check(values: flags.FlagValues) -> str:
         require(values[name].value is None, f"--{name}", values[name].value, f"{edit} does not read this flag")
     if edit == "interpolate":
         rule = "needs two seeds, such as --seeds=0,1, or two --images, and not both"
-        require((values.images is None) != (values.seeds is None), "--edit", edit, rule)
+        require(bool(values.images) == (values.seeds is None), "--edit", edit, rule)
     else:
         arguments.required(values, "images")
     if edit == "inpaint":
         arguments.required(values, "mask")
     if values.seeds is not None:
-        fine = len(values.seeds) == 2 and all(seed.isdigit() and int(seed) < 2**32 for seed in values.seeds)
+        fine = len(values.seeds) == 2 and all(seed.isdecimal() and int(seed) < 2**32 for seed in values.seeds)
         require(fine, "--seeds", ",".join(values.seeds), "must be two whole numbers from 0 to 2^32 - 1")
     fine = values.strength is None or 0.0 < values.strength <= 1.0
     require(fine, "--strength", values.strength, "must be above 0 and at most 1")
@@ -110,27 +150,29 @@ def check(values: flags.FlagValues) -> str:
     return edit
 
 
-def inputs(values: flags.FlagValues, edit: str, spec: "ImageSpec") -> tuple[str, dict[str, np.ndarray]]:
-    """(the family's name of the edit, what it reads)."""
+def inputs(values: flags.FlagValues, edit: str, spec: "ImageSpec") -> dict[str, np.ndarray]:
+    """What the edit is made from, by the names under which it reads it."""
     for flag in ("label", "source_label"):
         check_label(flag, values[flag].value, spec.num_classes)
     image, own = images(values.images, spec) if values.images else (None, None)
     count = (values.frames or 10) if edit == "interpolate" else len(image)
     rows = labels("label", values.label, own, count, spec) if edit != "interpolate" else {}
+    if edit == "reconstruct":
+        return rows | {"image": image}
     if edit == "img2img":
-        return edit, rows | {"image": image, "strength": np.float32(values.strength or 0.5)}
+        return rows | {"image": image, "strength": np.float32(values.strength or 0.5)}
     if edit == "inpaint":
         known = np.broadcast_to(mask(values.mask, spec), (count, spec.size, spec.size, 1))
-        return edit, rows | {"image": image, "known": known, "resamplings": np.int32(values.resamplings or 10)}
+        return rows | {"image": image, "known": known, "resamplings": np.int32(values.resamplings or 10)}
     if edit == "translate":
-        return edit, rows | {"image": image} | labels("source_label", values.source_label, own, count, spec)
+        return rows | {"image": image} | labels("source_label", values.source_label, own, count, spec)
     rows = labels("label", values.label, None if own is None else np.repeat(own[:1], count), count, spec)
     rows["share"] = np.linspace(0.0, 1.0, count, dtype=np.float32)
     if values.seeds:
-        return "interpolate_seeds", rows | dict(zip(("first", "second"), map(np.uint32, values.seeds), strict=True))
+        return rows | dict(zip(("first", "second"), map(np.uint32, values.seeds), strict=True))
     require(len(image) == 2, "--images", values.images, f"must be two images to interpolate between, not {len(image)}")
     first, second = (np.repeat(end[None], count, axis=0) for end in image)
-    return "interpolate_images", rows | {"first": first, "second": second}
+    return rows | {"first": first, "second": second, "seed": np.uint32(values.seed)}
 
 
 def labels(
@@ -185,14 +227,40 @@ def picture(flag: str, file: str, spec: "ImageSpec", channels: int) -> np.ndarra
         raise UserError(f"--{flag}={file}: is no picture that can be read ({error}).") from error
 
 
-def require_ode(drawer: drawing.Drawer, encodes: bool) -> None:
-    """Raise `UserError` where the solver draws noise, or an edit `encodes` and a rule of guidance leaves it no ODE."""
+def write_beside(
+    out: Path, about: dict[str, Any], rows: dict[str, np.ndarray], reconstructions: Iterator[np.ndarray]
+) -> None:
+    """Write reconstructions and the images that they are of; in a grid each image stands before its own."""
+    from diffusion_jax.cli import pictures
+    from diffusion_jax.data.source import to_uint8
+
+    original = to_uint8(rows["image"])
+    if out.suffix == ".png":
+        made = np.concatenate(list(reconstructions))
+        files.write_whole(out, pictures.png(pictures.alternating(original, made)))
+    else:
+        drawing.write(out, about, len(original), reconstructions, label=rows.get("label"), original=original)
+
+
+def check_walk(values: flags.FlagValues, drawer: drawing.Drawer) -> None:
+    """Check that the sampling options leave a way between a latent and its image; with --images, the way back, too.
+
+    Raises:
+      UserError: where the solver draws noise; where --images are to be encoded and a rule of guidance leaves no ODE,
+        or there is a temperature of noise that nothing draws.
+    """
+    encodes, said = bool(values.images), drawer.about["sample"]
+    rule = "means nothing where images are encoded, and none is drawn"
+    require(values.temperature is None or not encodes, "--temperature", values.temperature, rule)
+    if drawer.model.family.denoise is None:  # no noise, and nothing to solve
+        return
+
     from diffusion_jax.diffusion.guidance import CFGPlusPlus
     from diffusion_jax.diffusion.solvers import draws_noise
 
     rule = "draws noise, and an image cannot be encoded by it; take --solver=heun, ddim, dpmpp_2m or another of an ODE"
-    require(not draws_noise(drawer.options.solver), "sample.solver", drawer.about["sample"]["solver"], rule)
+    require(not draws_noise(drawer.options.solver), "sample.solver", said["solver"], rule)
     for field in ("rules", "autoguidance_rules"):
         fine = not (encodes and any(isinstance(rule, CFGPlusPlus) for rule in getattr(drawer.options, field)))
         rule = "cfg_pp has no ODE behind it, and an image cannot be encoded by it; leave it out"
-        require(fine, f"sample.{field}", drawer.about["sample"].get(field), rule)
+        require(fine, f"sample.{field}", said.get(field), rule)

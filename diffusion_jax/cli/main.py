@@ -13,7 +13,8 @@ from diffusion_jax.plugs import suggest
 COMMANDS = {
     "train": "train a model, or go on with a run; ends with samples and an evaluation",
     "sample": "make images with a trained model",
-    "edit": "edit images with a trained model: variations, inpainting, translation, interpolation",
+    "edit": "edit images with a trained model: reconstruction, interpolation, translation, variations, inpainting",
+    "traverse": "show what single dimensions of a model's latent do",
     "evaluate": "judge a trained model, or a file of samples, against held-out images",
     "bench": "measure a config, or a network: times, multiply-adds, memory, a trace",
 }

@@ -26,3 +26,8 @@ def png(images: np.ndarray, columns: int = 10, least: int = 480) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def alternating(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """first[0], second[0], first[1], ...: side by side in a grid with an even number of columns."""
+    return np.stack([first, second], axis=1).reshape(-1, *first.shape[1:])

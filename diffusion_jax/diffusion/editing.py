@@ -1,8 +1,6 @@
 """Editing that needs no retraining: a trained denoiser, walked along other paths than from noise to an image.
 
-    encode, decode    image -> noise -> image, by the probability-flow ODE
-    translate         encode under one label, decode under another
-    interpolate       encode two images, slerp their noises, decode
+    encode, decode    image -> noise -> image, by the probability-flow ODE, for the walks of `latents`
     vary              noise an image part of the way and walk down from there: img2img
     inpaint           keep the known pixels of an image and make the others
 
@@ -68,42 +66,6 @@ def encode(walk: Walk, image: Array, keys: Array) -> Array:
     x = over(walk.schedule.alpha(times[0]), image) * image
     x = solve(*walk._replace(times=times), x, keys)
     return x / over(walk.schedule.sigma(walk.times[0]), x)
-
-
-def translate(source: Walk, target: Walk, image: Array, keys: Array) -> Array:
-    """Inversion and regeneration: encode under the source's label, decode under the target's (Su et al. 2023)."""
-    return decode(target, encode(source, image, rng.fold(keys, 0)), rng.fold(keys, 1))
-
-
-def slerp(first: Array, second: Array, share: Array) -> Array:
-    """Between two noises f32[n,H,W,C] along the arc (Shoemake 1985): `first` at share 0, `second` at 1.
-
-    With theta the angle between them: (sin((1 - share) theta) first + sin(share theta) second) / sin(theta). Noises of
-    one norm keep it; on the straight line between them it would fall, and grey images follow. Where theta is next to 0
-    the arc is the line. theta = pi has no arc, and gives the line, too.
-
-    Args:
-      first: f32[n,H,W,C].
-      second: f32[n,H,W,C].
-      share: f32[] or f32[n], in [0, 1].
-    """
-    dot = lambda a, b: jnp.sum(a * b, axis=(1, 2, 3))
-    cosine = dot(first, second) * jax.lax.rsqrt(dot(first, first) * dot(second, second))
-    theta = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
-    share = jnp.asarray(share, first.dtype)
-    line = jnp.abs(jnp.sin(theta)) < jnp.sqrt(jnp.finfo(first.dtype).eps)
-    arc = lambda u: jnp.sin(u * theta) / jnp.where(line, 1.0, jnp.sin(theta))
-    weight = lambda u: over(jnp.where(line, u, arc(u)), first)
-    return weight(1.0 - share) * first + weight(share) * second
-
-
-def interpolate(walk: Walk, first: Array, second: Array, share: Array, keys: Array) -> Array:
-    """Images between two images f32[n,H,W,C], by `slerp` of their noises; share f32[] or f32[n].
-
-    Between two seeds: `decode(walk, slerp(first_noise, second_noise, share), keys)`.
-    """
-    ends = (encode(walk, image, rng.fold(keys, i)) for i, image in enumerate((first, second)))
-    return decode(walk, slerp(*ends, share), rng.fold(keys, 2))
 
 
 # ---------------------------------------------------------------------------------------------- from part of the way

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import networks, plugs, rng
-from diffusion_jax.diffusion import guidance
+from diffusion_jax.diffusion import editing, guidance
 from diffusion_jax.diffusion.broadcast import over
-from diffusion_jax.diffusion.editing import Walk, decode, first_stop
+from diffusion_jax.diffusion.editing import Walk
 from diffusion_jax.diffusion.grids import GRIDS, MAX_STEPS
 from diffusion_jax.diffusion.likelihood import LIKELIHOODS, Likelihood
 from diffusion_jax.diffusion.objectives import OBJECTIVES, Objective
@@ -44,6 +44,7 @@ from diffusion_jax.types import (
     Family,
     ImageSpec,
     LabelDenoiser,
+    Latent,
     Player,
     Tree,
     Weights,
@@ -247,6 +248,7 @@ class Model:
             sampling=self.sampling,
             nll=self.nll,
             trajectory=self.trajectory,
+            latent=Latent(shape=self.spec.shape, draw=self.noise, decode=self.decode, encode=self.encode),
             edits={name: partial(edit, self) for name, edit in EDITS.items()},
             denoise=self.bound,
             augment=self.network.augment,
@@ -372,13 +374,21 @@ class Model:
 
     def generate(self, weights: Weights, keys: Array, condition: Condition, options: Options) -> Array:
         """Images f32[n,H,W,C] in [-1,1], one for each of keys key[n]: solve from noise down to t = 0."""
+        return self.decode(weights, self.noise(keys, options), keys, condition, options)
+
+    def decode(self, weights: Weights, noise: Array, keys: Array, condition: Condition, options: Options) -> Array:
+        """The images f32[n,H,W,C] in [-1,1] that noise f32[n,H,W,C] leads to; keys key[n] for the solver."""
         walk = self.walk(weights, condition, options)
-        return jnp.clip(decode(walk, self.noise(keys, options), rng.fold(keys, 1)), -1.0, 1.0)
+        return jnp.clip(editing.decode(walk, noise, rng.fold(keys, 1)), -1.0, 1.0)
+
+    def encode(self, weights: Weights, image: Array, keys: Array, condition: Condition, options: Options) -> Array:
+        """The noise f32[n,H,W,C] that `decode` leads to `image`, by a solver of an ODE, which asks for no keys."""
+        return editing.encode(self.walk(weights, condition, options), image, keys)
 
     def trajectory(self, weights: Weights, keys: Array, condition: Condition, options: Options, steps: int) -> Array:
         """All stops on the way, f32[n,steps + 1,H,W,C]; `steps` are those of `options`, as a Python number."""
         walk = self.walk(weights, condition, options)._replace(steps=steps)
-        stops = trajectory(*walk, first_stop(walk, self.noise(keys, options)), rng.fold(keys, 1))
+        stops = trajectory(*walk, editing.first_stop(walk, self.noise(keys, options)), rng.fold(keys, 1))
         return jnp.swapaxes(stops, 0, 1)
 
     def walk(self, weights: Weights, condition: Condition, options: Options) -> Walk:

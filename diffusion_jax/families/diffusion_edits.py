@@ -1,4 +1,4 @@
-"""Edits with a trained diffusion model: `diffusion.editing`, bound to a model's weights and sampling options.
+"""Edits that only diffusion has: `diffusion.editing`, bound to a model's weights and sampling options.
 
 Each edit maps (model, weights, keys, inputs, options) to images f32[n,H,W,C] in [-1, 1]. `inputs` are arrays with one
 row an image (or scalars): what each edit reads stands in its docstring.
@@ -17,8 +17,8 @@ from diffusion_jax.types import Array, Tree, Weights
 Inputs = Mapping[str, Array]
 
 
-def _walk(model: Any, weights: Weights, inputs: Inputs, options: Tree, label: str = "label") -> Walk:
-    return model.walk(weights, {"label": inputs[label]} if label in inputs else {}, options)
+def _walk(model: Any, weights: Weights, inputs: Inputs, options: Tree) -> Walk:
+    return model.walk(weights, {"label": inputs["label"]} if "label" in inputs else {}, options)
 
 
 def _noise(model: Any, keys: Array, options: Tree) -> Array:
@@ -45,31 +45,4 @@ def inpaint(model: Any, weights: Weights, keys: Array, inputs: Inputs, options: 
     return jnp.clip(made, -1.0, 1.0)
 
 
-def translate(model: Any, weights: Weights, keys: Array, inputs: Inputs, options: Tree) -> Array:
-    """Encode `image` under `source_label`, decode it under `label`."""
-    source = _walk(model, weights, inputs, options, "source_label")
-    target = _walk(model, weights, inputs, options)
-    return jnp.clip(editing.translate(source, target, inputs["image"], keys), -1.0, 1.0)
-
-
-def interpolate_images(model: Any, weights: Weights, keys: Array, inputs: Inputs, options: Tree) -> Array:
-    """Between the images `first` and `second`, at `share` f32[n] of the way, under `label`."""
-    walk = _walk(model, weights, inputs, options)
-    made = editing.interpolate(walk, inputs["first"], inputs["second"], inputs["share"], keys)
-    return jnp.clip(made, -1.0, 1.0)
-
-
-def interpolate_seeds(model: Any, weights: Weights, keys: Array, inputs: Inputs, options: Tree) -> Array:
-    """Between image 0 of the seeds `first` and `second` u32[], at `share` f32[n] of the way, under `label`."""
-    walk, zero = _walk(model, weights, inputs, options), jnp.zeros(len(keys), jnp.int32)
-    ends = (model.noise(rng.sample_keys(inputs[name], zero), options) for name in ("first", "second"))
-    return jnp.clip(editing.decode(walk, editing.slerp(*ends, inputs["share"]), keys), -1.0, 1.0)
-
-
-EDITS = {
-    "img2img": img2img,
-    "inpaint": inpaint,
-    "translate": translate,
-    "interpolate_images": interpolate_images,
-    "interpolate_seeds": interpolate_seeds,
-}
+EDITS = {"img2img": img2img, "inpaint": inpaint}

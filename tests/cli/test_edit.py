@@ -1,5 +1,6 @@
 """Edits, trajectories, averages chosen afterwards, guidance by other networks: the commands that need no training."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from diffusion_jax import families
 from diffusion_jax.cli.main import main
 
 TINY = [
@@ -57,6 +59,24 @@ def run(command, workdir, tmp_path, *flags):
 def load(pictures):
     with np.load(pictures / "images.npz") as file:
         return dict(file)
+
+
+def test_a_reconstruction_is_beside_its_original(workdir, pictures, tmp_path):
+    """There and back by the ODE, up to the solver's error, under the images' own labels."""
+    given, flag = load(pictures), f"--images={pictures / 'images.npz'}"
+    flags = ["--edit=reconstruct", flag, "--steps=200", "--threshold=none"]
+    file = run("edit", workdir, tmp_path, *flags)
+    np.testing.assert_array_equal(file["original"], given["images"])
+    np.testing.assert_array_equal(file["label"], given["label"])
+    assert np.abs(file["images"].astype(float) - given["images"]).mean() < 8.0  # half a grey level of the digits' 17
+    assert json.loads(str(file["about"]))["edit"]["name"] == "reconstruct"
+    assert main(["edit", f"--workdir={workdir}", *flags, f"--out={tmp_path / 'r.png'}"]) == 0
+    with Image.open(tmp_path / "r.png") as picture:
+        shown = np.asarray(picture)
+    scale = shown.shape[1] // (10 * 9)  # ten columns of eight pixels and a line
+    cells = shown[::scale, ::scale].reshape(2, 9, 10, 9).swapaxes(1, 2).reshape(20, 9, 9)[:12, :8, :8]
+    np.testing.assert_array_equal(cells[0::2], given["images"][..., 0])
+    np.testing.assert_array_equal(cells[1::2], file["images"][..., 0])
 
 
 def test_img2img_goes_from_the_image_to_a_sample(workdir, pictures, tmp_path):
@@ -245,6 +265,10 @@ def test_autoguidance_needs_a_worse_model(workdir, tmp_path, capsys, flag):
         (["--edit=img2img", "--images=IMAGES", "--strength=0"], ["--strength = 0.0: must be above 0 and at most 1."]),
         (["--edit=img2img", "--images=IMAGES", "--mask=MASK"], ["--mask", "img2img does not read"]),
         (["--edit=img2img", "--images=nothing.npz"], ["nothing.npz"]),
+        (["--edit=reconstruct"], ["--images is missing"]),
+        (["--edit=reconstruct", "--images=IMAGES", "--strength=0.5"], ["--strength", "reconstruct does not read"]),
+        (["--edit=reconstruct", "--images=IMAGES", "--temperature=1.1"], ["--temperature = 1.1", "are encoded"]),
+        (["--edit=reconstruct", "--images=IMAGES", "--solver=ddpm"], ["sample.solver = 'ddpm'", "draws noise"]),
         (["--edit=img2img", "--images=MASK"], ["--label is missing", "10 classes"]),
         (["--edit=img2img", "--images=MASK", "--label=10"], ["--label=10", "[0, 10)"]),
         (["--edit=inpaint", "--images=IMAGES"], ["--mask is missing"]),
@@ -269,6 +293,8 @@ def test_autoguidance_needs_a_worse_model(workdir, tmp_path, capsys, flag):
         (["--edit=interpolate", "--seeds=1"], ["--seeds = '1'", "two"]),
         (["--edit=interpolate", "--seeds=1,x"], ["--seeds = '1,x'"]),
         (["--edit=interpolate", "--images=IMAGES", "--label=1"], ["--images", "two images"]),
+        (["--edit=interpolate", "--images="], ["--edit = 'interpolate'", "two seeds"]),
+        (["--edit=interpolate", "--seeds=1,2", "--label=1", "--solver=ddpm"], ["sample.solver = 'ddpm'"]),
         (["--edit=interpolate"], ["--edit = 'interpolate'", "two seeds", "--seeds=0,1", "two --images"]),
         (["--edit=interpolate", "--images=IMAGES", "--seeds=1,2"], ["--edit = 'interpolate'", "not both"]),
         (["--edit=interpolate", "--seeds=1,2"], ["--label is missing"]),
@@ -283,6 +309,36 @@ def test_edit_refuses(workdir, pictures, tmp_path, capsys, flags, words):
     assert len(lines) == 1
     assert all(word in lines[0] for word in words), lines[0]
     assert not (tmp_path / "y.npz").exists()
+
+
+@pytest.fixture
+def one_way(monkeypatch):
+    """A family of another name whose images have a latent, but no way back to it, as a GAN's."""
+    build = families.build
+
+    def shorn(*args):
+        family = build(*args)
+        latent = dataclasses.replace(family.latent, encode=None)
+        return dataclasses.replace(family, name="oneway", latent=latent, edits={}, denoise=None)
+
+    monkeypatch.setattr(families, "build", shorn)
+
+
+@pytest.mark.parametrize("edit", ["reconstruct", "translate", "interpolate", "img2img", "inpaint"])
+def test_what_a_family_cannot_do_is_refused_by_its_name(one_way, workdir, pictures, tmp_path, capsys, edit):
+    flags = ["--label=1", f"--images={pictures / 'images.npz'}"]
+    flags += [f"--mask={pictures / 'mask.png'}"] if edit == "inpaint" else []
+    assert main(["edit", f"--workdir={workdir}", f"--out={tmp_path / 'y.npz'}", f"--edit={edit}", *flags]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"--edit = '{edit}': the family oneway " in line
+
+
+def test_seeds_of_a_family_without_encoder_are_interpolated(one_way, workdir, tmp_path):
+    flags = ["--edit=interpolate", "--seeds=5,6", "--label=4", "--frames=2"]
+    frames = run("edit", workdir, tmp_path, *flags)["images"].astype(float)
+    for seed, frame in zip((5, 6), frames, strict=True):
+        end = run("sample", workdir, tmp_path, "--num_samples=1", "--label=4", f"--seed={seed}")["images"][0]
+        np.testing.assert_allclose(frame, end, atol=16.0)  # rounded to one level
 
 
 @pytest.mark.parametrize(

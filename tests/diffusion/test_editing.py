@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import families, plugs, rng
+from diffusion_jax import families, latents, plugs, rng
 from diffusion_jax.diffusion import editing
 from diffusion_jax.diffusion.editing import Walk
 from diffusion_jax.diffusion.grids import GRIDS
 from diffusion_jax.diffusion.schedule import SCHEDULES
 from diffusion_jax.diffusion.solvers import SOLVERS
 from diffusion_jax.diffusion.solvers.base import solve
-from diffusion_jax.families import diffusion as family_file
-from diffusion_jax.types import Denoised, ImageSpec
+from diffusion_jax.types import Denoised, ImageSpec, Latent
 
 NAMES = ("vp_linear", "edm", "rectified_flow")
 KARRAS = "karras(sigma_max=60)"
@@ -24,14 +23,14 @@ MEAN, COVARIANCE = np.array([0.2, -0.1]), np.array([[0.25, 0.27], [0.27, 0.36]])
 
 
 def two_pixels(schedule, mean=MEAN, covariance=COVARIANCE):
-    """The ideal denoiser of images [1,2,1] drawn from N(mean, covariance), in every dtype."""
+    """The ideal denoiser of images [1,2,1] drawn from N(mean, covariance), in every dtype; mean [2], or [n,2]."""
 
     def denoise(x, t):
         alpha, sigma = schedule.alpha(t).astype(x.dtype), schedule.sigma(t).astype(x.dtype)
-        C, m = jnp.asarray(covariance, x.dtype), jnp.asarray(mean, x.dtype)
-        off = x.reshape(-1, 2) - alpha * m[None]
+        C, m = jnp.asarray(covariance, x.dtype), jnp.asarray(mean, x.dtype).reshape(-1, 2)
+        off = x.reshape(-1, 2) - alpha * m
         whitened = jnp.linalg.solve(alpha**2 * C + sigma**2 * jnp.eye(2, dtype=x.dtype), off.T).T
-        x0 = m[None] + alpha * whitened @ C
+        x0 = m + alpha * whitened @ C
         return Denoised(x0.reshape(x.shape), sigma * whitened.reshape(x.shape))
 
     return denoise
@@ -111,46 +110,38 @@ def test_encode_then_decode_converges_at_the_solvers_order(name, x64):
         assert np.all((least < ratios) & (ratios < most)), errors
 
 
+SHIFT = np.array([0.5, -0.3])
+
+
+def latent_of(name, steps, grid=KARRAS):
+    """What images of label l, drawn from N(MEAN + l SHIFT, COVARIANCE), are made from."""
+
+    def walk(condition):
+        mean = MEAN + np.asarray(condition.get("label", [0]))[:, None] * SHIFT
+        return walk_of(name, steps, grid=grid, denoise=lambda schedule: two_pixels(schedule, mean))
+
+    return Latent(
+        shape=(1, 2, 1),
+        draw=lambda keys, options: rng.normal(keys, (1, 2, 1)),
+        decode=lambda weights, z, keys, condition, options: editing.decode(walk(condition), z, keys),
+        encode=lambda weights, image, keys, condition, options: editing.encode(walk(condition), image, keys),
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_translate_moves_by_the_shift_of_the_means(name, x64):
     """Two labels with N(m_1, C) and N(m_2, C): the flow up under one and down under the other.
 
     x_T = alpha m_1 + growth (image - m_1), and m_2 + (x_T - alpha m_2) / growth = image + (m_2 - m_1)(1 - alpha/growth)
     """
-    shift = np.array([0.5, -0.3])
-    source = walk_of(name, 100)
-    target = source._replace(denoise=two_pixels(source.schedule, MEAN + shift))
+    latent, labels = latent_of(name, 100), {"source_label": np.zeros(2), "label": np.ones(2)}
     pixels = np.array([[0.5, 0.9], [-0.6, 0.1]])
-    got = jax.jit(lambda i: editing.translate(source, target, i, keys_of(2)))(images(*pixels.ravel()))
-    up = flow(name, pixels, source.times[0])
-    expected = flow(name, up, None, MEAN + shift, start=source.times[0])
+    run = jax.jit(lambda image: latents.translate(latent, {}, keys_of(2), {"image": image} | labels, {}))
+    got = run(images(*pixels.ravel()))
+    top = walk_of(name, 100).times[0]
+    expected = flow(name, flow(name, pixels, top), None, MEAN + SHIFT, start=top)
     np.testing.assert_allclose(np.asarray(got).reshape(-1, 2), expected, atol=5e-3)
-    np.testing.assert_allclose(expected - pixels, [shift, shift], atol=0.05)  # alpha / growth is next to nothing
-
-
-def test_slerp_ends_and_norms(x64):
-    a, b = jax.random.normal(jax.random.key(0), (2, 4, 3, 3, 1))
-    norm = lambda x: np.sqrt(np.sum(np.asarray(x) ** 2, axis=(1, 2, 3)))
-    b = b * (norm(a) / norm(b)).reshape(4, 1, 1, 1)
-    np.testing.assert_allclose(editing.slerp(a, b, 0.0), a, rtol=1e-12)
-    np.testing.assert_allclose(editing.slerp(a, b, 1.0), b, rtol=1e-12)
-    for share in (0.2, 0.5, 0.9):
-        between = editing.slerp(a, b, share)
-        np.testing.assert_allclose(norm(between), norm(a), rtol=1e-12)
-        angle = lambda u, v: np.arccos(np.sum(np.asarray(u * v), axis=(1, 2, 3)) / norm(u) / norm(v))
-        np.testing.assert_allclose(angle(a, between), share * angle(a, b), rtol=1e-9)  # at equal speed
-        assert np.all(norm((1 - share) * a + share * b) < 0.95 * norm(a))
-    own = editing.slerp(a, b, jnp.asarray([0.0, 0.2, 0.5, 0.9]))
-    for i, share in enumerate((0.0, 0.2, 0.5, 0.9)):
-        np.testing.assert_allclose(own[i], editing.slerp(a, b, share)[i], rtol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_slerp_of_equal_and_opposite_noises_is_finite(dtype):
-    a = jax.random.normal(jax.random.key(0), (2, 3, 3, 1), dtype)
-    np.testing.assert_allclose(editing.slerp(a, a, 0.3).astype(jnp.float32), a.astype(jnp.float32), rtol=2e-2)
-    assert np.all(np.isfinite(editing.slerp(a, -a, 0.3).astype(jnp.float32)))
-    assert editing.slerp(a, -a, 0.3).dtype == dtype
+    np.testing.assert_allclose(expected - pixels, [SHIFT, SHIFT], atol=0.05)  # alpha / growth is next to nothing
 
 
 def test_interpolating_images_passes_from_one_to_the_other(x64):
@@ -158,13 +149,13 @@ def test_interpolating_images_passes_from_one_to_the_other(x64):
 
     At alpha(1) = 0 the noise of an image is its standardised form, rotated, so that the norm that slerp keeps is that.
     """
-    walk = walk_of("rectified_flow", 200, grid="uniform")
+    latent = latent_of("rectified_flow", 200, "uniform")
     values, axes = np.linalg.eigh(COVARIANCE)
-    first, second = (images(*(MEAN + 1.2 * np.sqrt(values[i]) * axes[:, i])) for i in (0, 1))
-    run = jax.jit(lambda share: editing.interpolate(walk, first, second, share, keys_of(1)))
-    np.testing.assert_allclose(run(0.0), first, atol=2e-3)
-    np.testing.assert_allclose(run(1.0), second, atol=2e-3)
-    np.testing.assert_allclose(standardised(run(0.5))[0], 1.2 * np.sqrt([0.5, 0.5]), atol=1e-2)
+    first, second = (images(*np.tile(MEAN + 1.2 * np.sqrt(values[i]) * axes[:, i], 3)) for i in (0, 1))
+    inputs = {"first": first, "second": second, "seed": np.uint32(0), "share": jnp.asarray([0.0, 1.0, 0.5])}
+    got = jax.jit(lambda inputs: latents.interpolate_images(latent, {}, keys_of(3), inputs, {}))(inputs)
+    np.testing.assert_allclose(got[:2], jnp.stack([first[0], second[0]]), atol=2e-3)
+    np.testing.assert_allclose(standardised(got[2])[0], 1.2 * np.sqrt([0.5, 0.5]), atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------------ from part of the way
@@ -406,7 +397,7 @@ def test_an_edit_draws_other_noise_than_the_sampler_by_the_same_seed(edit, monke
     monkeypatch.setattr(editing, "inpaint", lambda walk, image, known, noise, *rest: drawn.update(edit=noise) or image)
     section = {"name": "diffusion", "network": "dit(width=32,depth=1,heads=2)"}
     family = families.build(section, ImageSpec(size=8, channels=1, num_classes=0), "float32")
-    monkeypatch.setattr(family_file, "decode", lambda walk, noise, keys: drawn.update(sample=noise) or noise)
+    monkeypatch.setattr(editing, "decode", lambda walk, noise, keys: drawn.update(sample=noise) or noise)
     weights, keys = jax.jit(family.init)(jax.random.key(0))[0], rng.example_keys(jax.random.key(0), jnp.arange(2))
     options, image = family.sampling({}), jnp.zeros((2, 8, 8, 1))
     inputs = {"image": image, "strength": jnp.float32(0.5), "known": image > 0.0, "resamplings": jnp.int32(1)}
