@@ -12,7 +12,7 @@ from diffusion_jax.cli.config import base
 
 def get_config(family: str = "") -> ConfigDict:
     """The config of `family`; what is set here is the same for all of them."""
-    config = base(__file__, family, {"diffusion": diffusion})
+    config = base(__file__, family, {"diffusion": diffusion, "gan": gan, "vae": vae})
     config.data.name = "digits"
     config.checkpoint.every = 500
     config.sample.every = 1000
@@ -43,3 +43,33 @@ def diffusion(config: ConfigDict) -> None:
     config.sample.guidance = 1.3
     config.sample.rules = "interval(high=2.333)"
     config.sample.temperature = 1.18
+
+
+def gan(config: ConfigDict) -> None:
+    """Small residual networks under the relativistic loss with R1 and R2 (R3GAN: Huang et al. 2024).
+
+    The discriminator has no norm, Adam no momentum, and samples come from averaged weights.
+    """
+    config.family.generator = "resnet(width=32,multipliers=(2,),latent=32,embedding=32)"
+    config.family.discriminator = "resnet(width=32,multipliers=(2,),blocks=1)"
+    config.family.loss = "relativistic"
+    config.family.regularisers = "r1(gamma=0.1) + r2(gamma=0.1)"
+    config.train.steps = 10_000
+    config.train.batch_size = 32
+    config.train.optimizer = "adam(b1=0.0,b2=0.99)"
+    config.train.learning_rate = 1e-3
+    config.train.learning_rate_schedule = "cosine_decay_schedule"
+    config.train.ema.main = "warmup(decay=0.999)"
+
+
+def vae(config: ConfigDict) -> None:
+    """A ladder of 0.9 million parameters, whose latents are 2, 4 and 8 pixels wide, trained on the plain ELBO.
+
+    Samples are drawn from a mixture of discretised logistics a pixel, not its mean: a mean is smoother than any digit.
+    """
+    config.family.network = "ladder(channels=32,multipliers=(1,2,2),levels=(1,1,1),latents=4)"
+    config.train.steps = 3000
+    config.train.batch_size = 64
+    config.train.learning_rate = 2e-3
+    config.train.learning_rate_schedule = "cosine_onecycle_schedule(pct_start=0.05)"
+    config.train.ema.main = "warmup(decay=0.995)"

@@ -6,11 +6,11 @@ from typing import Any
 
 from diffusion_jax import plugs
 from diffusion_jax.errors import UserError
-from diffusion_jax.families import diffusion
+from diffusion_jax.families import diffusion, gan, vae
 from diffusion_jax.settings import from_section
 from diffusion_jax.types import Family, ImageSpec
 
-FAMILIES = {"diffusion": diffusion}
+FAMILIES = {"diffusion": diffusion, "gan": gan, "vae": vae}
 """A family is a module with `FamilySettings`, `SampleSettings` (dataclasses) and `build(settings, spec, precision)`."""
 
 

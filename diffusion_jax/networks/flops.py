@@ -1,7 +1,8 @@
 """How many multiply-adds one forward pass takes: from shapes alone, and from the program that XLA compiles.
 
     A B,  A [m,k], B [k,n]      m k n
-    convolution                 numbers out x side of the kernel^2 x channels in / groups, padding included
+    convolution                 numbers out x side of the kernel^2 x channels in / groups, padding included;
+                                zeros between pixels, as in a transposed convolution, are not
     x y + z,  elementwise       one a number: modulations and gates are such
 
 The last line is below 0.1 % of a published network. Papers leave it out, or count norms instead: the figures of Peebles
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 
-from diffusion_jax.networks import Network
+from diffusion_jax.networks import Network, gan
 from diffusion_jax.types import ImageSpec, Tree
 
 OPAQUE = ("while", "pallas_call", "custom_partitioning", "dot_product_attention_fwd_wrapper")
@@ -67,15 +68,31 @@ def compiled_for_cpu(function: Callable, *arguments: Any) -> jax.stages.Compiled
 
 def cost_analysis(network: Network, image: ImageSpec) -> float:
     """XLA's own sum, halved to multiply-adds; `compiled_multiply_adds` says how it differs."""
-    return float(compiled_for_cpu(network.apply, *shapes(network, image)).cost_analysis()["flops"]) / 2.0
+    return cost_analysis_of(network.apply, *shapes(network, image))
 
 
-def shapes(network: Network, image: ImageSpec) -> tuple[Tree, ...]:
+def cost_analysis_of(function: Callable, *arguments: Any) -> float:
+    """Of `function(*arguments)`, of which shapes suffice."""
+    return float(compiled_for_cpu(function, *arguments).cost_analysis()["flops"]) / 2.0
+
+
+def shapes(network: Network | gan.Discriminator, image: ImageSpec) -> tuple[Tree, ...]:
     """Shapes of (params, x, time, label) for one image."""
     params = jax.eval_shape(network.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, *image.shape), jnp.float32)
     label = jax.ShapeDtypeStruct((1,), jnp.int32) if image.num_classes else None
     return params, x, jax.ShapeDtypeStruct((1,), jnp.float32), label
+
+
+def shapes_of_pair(
+    generator: gan.Generator, discriminator: gan.Discriminator, image: ImageSpec
+) -> tuple[tuple[Tree, ...], tuple[Tree, ...]]:
+    """Shapes of the generator's (params, z, label, keys) and the discriminator's (params, x, label) for one image."""
+    of_discriminator, x, _, label = shapes(discriminator, image)
+    of_generator = jax.eval_shape(generator.init, jax.random.key(0))
+    z = jax.ShapeDtypeStruct((1, generator.latent), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    return (of_generator, z, label, keys), (of_discriminator, x, label)
 
 
 # ---------------------------------------------------------------------------------------------- from shapes
@@ -106,8 +123,9 @@ def _of_equation(equation: JaxprEqn) -> int:
             (contracted, _), _ = params["dimension_numbers"]
             return _size(equation.outvars[0]) * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
         case "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            return _size(equation.outvars[0]) * math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+            kernel, spaced = equation.invars[1].aval.shape, math.prod(params["lhs_dilation"])
+            inside = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+            return _size(equation.outvars[0]) * inside // spaced
         case "scan":
             return params["length"] * _of_program(params["jaxpr"].jaxpr)
         case "cond":
@@ -172,7 +190,9 @@ def _of_text(text: str) -> int:
                     total += out * math.prod(inside[0][i] for i in _numbers(line["rest"], "lhs_contracting_dims"))
                 case "convolution":
                     labels = re.search(r"dim_labels=\w+_(\w+)->", line["rest"])[1]
-                    total += out * math.prod(inside[1]) // inside[1][labels.index("o")]
+                    spaced = re.search(r"lhs_dilate=([\dx]+)", line["rest"])
+                    products = out * math.prod(inside[1]) // inside[1][labels.index("o")]
+                    total += products // math.prod(map(int, spaced[1].split("x")) if spaced else ())
                 case "multiply":
                     constants = constant.intersection(operands[name])
                     total += out * (name in added and len(set(operands[name])) == 2 and not constants)

@@ -3,6 +3,7 @@
 A preset takes options like any other row, and they win: `"dit-xl/2(dropout=0.1)"`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,21 @@ class Preset:
     text: str
     image: ImageSpec
     channels_out: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two networks that play against each other, and the images that they were published for.
+
+    Attributes:
+      generator: as a row of `gan.GENERATORS` with its options.
+      discriminator: as a row of `gan.DISCRIMINATORS` with its options.
+      image: size, channels and classes.
+    """
+
+    generator: str
+    discriminator: str
+    image: ImageSpec
 
 
 def _latents(size: int = 32, num_classes: int = 1000) -> ImageSpec:
@@ -126,10 +142,36 @@ PRESETS = {
 }
 
 
-def expand(field: str, text: str) -> tuple[str, dict[str, Any]]:
-    """(row of `networks.BACKBONES`, its options) that `text` names, be it a preset or a row itself."""
+def _r3gan(channels: int, base: int, group: int, image: ImageSpec) -> Pair:
+    """Huang et al. 2024: presets of brownvc/R3GAN, train.py."""
+    options = f"channels_max={channels},channels_base={base},group={group}"
+    return Pair(generator=f"r3gan({options})", discriminator=f"r3gan({options})", image=image)
+
+
+PAIRS = {
+    # Karras et al. 2020, configuration F; at 256 pixels with half the channels, as "paper256" of stylegan2-ada-pytorch
+    "stylegan2-256": Pair(
+        generator="stylegan2(channels_base=16384)",
+        discriminator="stylegan2(channels_base=16384,group=8)",
+        image=_pixels(256),
+    ),
+    "stylegan2-1024": Pair(generator="stylegan2", discriminator="stylegan2", image=_pixels(1024)),
+    "r3gan-cifar10": _r3gan(768, 24576, 16, _pixels(32, 10)),
+    "r3gan-ffhq64": _r3gan(768, 24576, 16, _pixels(64)),
+    "r3gan-ffhq256": _r3gan(768, 24576, 16, _pixels(256)),
+    "r3gan-imagenet32": _r3gan(1536, 49152, 32, _pixels(32, 1000)),
+    "r3gan-imagenet64": _r3gan(1536, 98304, 32, _pixels(64, 1000)),
+}
+
+TEXTS = {name: preset.text for name, preset in PRESETS.items()}
+GENERATOR_TEXTS = {name: pair.generator for name, pair in PAIRS.items()}
+DISCRIMINATOR_TEXTS = {name: pair.discriminator for name, pair in PAIRS.items()}
+
+
+def expand(field: str, text: str, texts: Mapping[str, str] = TEXTS) -> tuple[str, dict[str, Any]]:
+    """(row of a table of networks, its options) that `text` names, be it a key of `texts` or a row itself."""
     name, options = plugs.parse(field, text)
-    if name not in PRESETS:
+    if name not in texts:
         return name, options
-    name, preset = plugs.parse(field, PRESETS[name].text)
+    name, preset = plugs.parse(field, texts[name])
     return name, preset | options

@@ -24,6 +24,8 @@ LABELLED = ImageSpec(size=8, channels=1, num_classes=3)
 PLAIN = ImageSpec(size=8, channels=1, num_classes=0)
 DIT = "dit(patch=4,width=16,depth=1,heads=2)"
 UNET = "unet(channels=32,multipliers=(1,),blocks=1,attention=())"
+R3GAN = "r3gan(channels_base=64,channels_max=8,blocks=1,group=16)"
+FLAT = "flat(latents=4,channels=8,multipliers=(1,1))"
 
 
 def row(name, spec=LABELLED, **fields):
@@ -66,6 +68,22 @@ VARIANTS = {
     "diffusion-variance": diffusion("cosine", "v", objective="learned_variance(steps=20)", time_sampling="uniform"),
     "diffusion-classifier": diffusion("gvp", "v", classifier=DIT),
     "diffusion-autoguided": diffusion("rectified_flow", "x0", network=DIT.replace("width=16", "width=24")),
+    "gan": row("gan", generator=R3GAN, discriminator=R3GAN),
+    "gan-plain": row(
+        "gan", PLAIN, generator="dcgan(width=8)", discriminator="dcgan(width=8)", loss="non_saturating", regularisers=""
+    ),
+    "gan-ada": row(
+        "gan",
+        generator="resnet(width=8,multipliers=(1,))",
+        discriminator="resnet(width=8,multipliers=(1,),blocks=0)",
+        loss="least_squares",
+        regularisers="gradient_penalty",
+        spectral_norm="both",
+        augmentation="ada(start=0.5,geometry=False,color=False)",
+    ),
+    "vae": row("vae", network="ladder(channels=8,multipliers=(1,1),levels=(1,1),latents=2)", free_bits=0.5),
+    "vae-flat": row("vae", network=FLAT, pixels="gaussian(std=0.5,learned=True)"),
+    "vae-plain": row("vae", PLAIN, network=FLAT, pixels="bernoulli", beta=2.0, warmup=2),
 }
 """A few of each family, for what costs a compilation."""
 
@@ -85,8 +103,13 @@ SAMPLING = {
         "classifier": (0.0, 2.0),
         "temperature": (1.0, 1.5),
     },
+    "gan": {"truncation": ("normal(bound=0.5)", "normal(bound=2.0)")},
+    "vae": {"temperature": (1.0, 1.5), "show": ("draw", "mean")},
 }
 """family -> options of `sample`, each with two values between which nothing may compile again."""
+
+QUICK = {"diffusion": {"steps": 3}}
+"""family -> options with which images take less time than with the default ones."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -213,7 +236,7 @@ def test_losses_and_gradients_are_finite(name):
 
 def sample(name, count=4, seed=0, label=None, which=None, **changes):
     spec = (PAIRINGS | VARIANTS)[name][1]
-    options = family(name).sampling({"steps": 3} | changes)
+    options = family(name).sampling(QUICK.get(family(name).name, {}) | changes)
     chosen = keys(count, seed)
     wanted = condition(spec, count, label)
     if which is not None:
@@ -261,7 +284,7 @@ def test_options_seeds_and_labels_do_not_compile_again(name):
     else:
         options = {key: value for key, value in options.items() if key not in ("guidance", "rules")}
     if "classifier" not in name:
-        options.pop("classifier")
+        options.pop("classifier", None)
     if name not in WORSE:
         options = {key: value for key, value in options.items() if not key.startswith("autoguidance")}
     first = sample(name, **{key: values[0] for key, values in options.items()})

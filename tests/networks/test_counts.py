@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from diffusion_jax import networks, tree
-from diffusion_jax.networks.presets import PRESETS
+from diffusion_jax.networks import flops, gan
+from diffusion_jax.networks.presets import PAIRS, PRESETS
 
 PUBLISHED = {
     # facebookresearch/DiT: 256, 64 or 16 positions in a fixed table among them
@@ -59,3 +60,23 @@ def test_published_counts(name, count):
     preset = PRESETS[name]
     network = networks.build("network", name, preset.image, channels_out=preset.channels_out)
     assert tree.count(jax.eval_shape(network.init, jax.random.key(0))) + network.fixed == count
+
+
+PUBLISHED_PAIRS = {
+    # NVlabs/stylegan2-ada-pytorch, Generator and Discriminator: all that is trained, one strength a noise among it; no
+    # fixed noise images, no running mean of w, no filters, which are buffers there
+    "stylegan2-256": (24_767_458, 24_001_089),
+    "stylegan2-1024": (30_370_060, 29_012_513),
+    # brownvc/R3GAN: FFHQ-256 of Huang et al. 2024; the others of the same modules with the options of its train.py
+    "r3gan-ffhq256": (23_057_952, 23_009_568),
+    "r3gan-ffhq64": (22_429_824, 22_381_440),
+    "r3gan-cifar10": (20_781_952, 21_280_512),
+}
+
+
+@pytest.mark.parametrize(("name", "counts"), PUBLISHED_PAIRS.items())
+def test_published_counts_of_pairs(name, counts):
+    image = PAIRS[name].image
+    pair = gan.build_generator("g", name, image), gan.build_discriminator("d", name, image)
+    (generator, *_), (discriminator, *_) = flops.shapes_of_pair(*pair, image)
+    assert (tree.count(generator), tree.count(discriminator)) == counts

@@ -1,7 +1,7 @@
 """Measure on the devices that are here. Nothing is written but the trace that --profile asks for.
 
 --what=run      compilation, training and sampling of a config: --config or --workdir
---what=flops    parameters and multiply-adds of a network; nothing is computed: --network
+--what=flops    parameters and multiply-adds of a network, or of a GAN's two; nothing is computed: --network
 --what=denoise  one forward pass of a network, as a sampler calls it: --network --batch
 --what=train    one training step of the diffusion family with a network: --network --batch
 
@@ -19,7 +19,7 @@ from absl import flags
 
 from diffusion_jax import files
 from diffusion_jax.cli import arguments
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require
 
 DTYPES = ("float32", "bfloat16")
 OF_A_NETWORK = ("network", "image_size", "channels", "num_classes")
@@ -41,7 +41,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     )
     text("what", "run", f"what is measured: {', '.join(READS)}")
     text("workdir", None, "time the config of this run instead of --config")
-    text("network", None, "a network, such as dit-s/2 or 'unet(channels=64)'")
+    text("network", None, "a network, such as dit-s/2, 'unet(channels=64)' or stylegan2-256")
     number("image_size", None, "side of its images in pixels; a preset has its own", 1)
     number("channels", None, "of its images; a preset has its own, others 3", 1)
     number("num_classes", None, "of its images; a preset has its own, others 0", 0)
@@ -88,9 +88,14 @@ def measure(values: flags.FlagValues) -> dict[str, Any]:
         from diffusion_jax.cli.bench import config
 
         return config.measure(values)
-    from diffusion_jax.cli.bench import network
+    from diffusion_jax.cli.bench import network, opponents
 
-    subject = network.subject(values.network, values.image_size, values.channels, values.num_classes)
+    images = (values.image_size, values.channels, values.num_classes)
+    if opponents.known(values.network):
+        rule = f"is a generator and a discriminator; --what={values.what} takes a denoising network"
+        require(values.what == "flops", "--network", values.network, rule)
+        return opponents.flops(values.network, *images)
+    subject = network.subject(values.network, *images)
     if values.what == "flops":
         return network.flops(subject)
     load = network.Load(batch=values.batch, dtype=values.dtype, repetitions=values.repetitions, profile=values.profile)
@@ -105,4 +110,4 @@ def render(result: dict[str, Any]) -> str:
             return " .. ".join(text(item) for item in value)
         return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
-    return "\n".join(f"{name:26s}{text(value)}" for name, value in result.items())
+    return "\n".join(f"{name:36s}{text(value)}" for name, value in result.items())

@@ -1,7 +1,7 @@
 """`--what=flops`, `denoise` and `train`: a network by itself, on random numbers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from diffusion_jax.cli.bench.instruments import device, durations, memory, peak_
 from diffusion_jax.data.source import ArraySource, Dataset
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.networks import flops as count
-from diffusion_jax.networks.presets import PRESETS
+from diffusion_jax.networks.presets import PAIRS, PRESETS
 from diffusion_jax.settings import MeshSettings, TrainSettings
 from diffusion_jax.training import loop, sharding
 from diffusion_jax.training.step import Trainer
@@ -55,21 +55,27 @@ def subject(text: str, image_size: int | None, channels: int | None, num_classes
       UserError: for a network that is no preset and without an image size.
     """
     name, _ = plugs.parse("--network", text)
-    preset, known = PRESETS.get(name), {**networks.BACKBONES, **PRESETS}
-    require(name in known, "--network", text, f"there is no {name!r}; {plugs.suggest(name, known)}")
-    if preset:
-        size, of_image, classes = preset.image.size, preset.image.channels, preset.image.num_classes
-        doubled = preset.channels_out // of_image
-    elif image_size is None:
-        raise UserError(f"--network={text} is no preset with images of its own; give --image_size.")
-    else:
-        size, of_image, classes, doubled = image_size, 3, 0, 1
-    image = ImageSpec(
-        size=image_size or size,
-        channels=channels or of_image,
-        num_classes=classes if num_classes is None else num_classes,
-    )
+    known = {**networks.BACKBONES, **PRESETS}
+    require(name in known, "--network", text, f"there is no {name!r}; {plugs.suggest(name, {**known, **PAIRS})}")
+    preset = PRESETS.get(name)
+    image = images(text, preset and preset.image, image_size, channels, num_classes)
+    doubled = preset.channels_out // preset.image.channels if preset else 1
     return Subject(text=text, image=image, channels_out=doubled * image.channels)
+
+
+def images(
+    text: str, published: ImageSpec | None, image_size: int | None, channels: int | None, num_classes: int | None
+) -> ImageSpec:
+    """The images that the network `text` was published for, if it was, but for the numbers that are given.
+
+    Raises:
+      UserError: for a network that was not, and without an image size.
+    """
+    if published is None and image_size is None:
+        raise UserError(f"--network={text} is no preset with images of its own; give --image_size.")
+    given = {"size": image_size, "channels": channels, "num_classes": num_classes}
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(published or ImageSpec(size=0, channels=3, num_classes=0), **given)
 
 
 # ---------------------------------------------------------------------------------------------- without computing
