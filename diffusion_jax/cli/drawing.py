@@ -1,4 +1,4 @@
-"""What `sample` and `edit` share: the flags that choose weights and sampling options, and the files they write."""
+"""What `sample`, `edit` and `traverse` share: flags that choose weights and sampling options, and the files they write."""
 
 import ast
 import json
@@ -30,6 +30,8 @@ CHANGES = (
     "classifier",
     "threshold",
     "temperature",
+    "truncation",
+    "show",
 )
 """Flags that change the field of that name in the config's `sample` section."""
 
@@ -69,8 +71,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("classifier", None, "weight of the classifier's gradient", flag_values=values)
     string("threshold", f"such as 'dynamic(quantile=0.99)'; the config's where left out. Rows: {rows('threshold')}")
     flags.DEFINE_float(
-        "temperature", None, "of the noise at the start; the config's where left out", flag_values=values
+        "temperature", None, "of the noise or latents at the start; the config's where left out", flag_values=values
     )
+    string("truncation", "of a GAN's z or style, such as 'normal(bound=1.0)'; the config's where left out")
+    string("show", "of a VAE, draw or mean of the pixels' distribution; the config's where left out")
     string("ema", "averaging profile, none, or 'posthoc(std=0.1)'; the config's where left out")
     flags.DEFINE_integer("step", None, "of the checkpoint; the newest where left out", flag_values=values)
     string("weak_workdir", "the run of a worse model, for --autoguidance; its config's averaging profile")

@@ -26,17 +26,18 @@ class Geometry(NamedTuple):
     kernel_dilation: int = 1
 
 
-def convolve(x: Array, kernel: Array, stride: int = 1, padding: int | None = None) -> Array:
+def convolve(x: Array, kernel: Array, stride: int = 1, padding: int | None = None, image_dilation: int = 1) -> Array:
     """Convolve x [B,H,W,C] with kernel [h,w,C,O]: [B,H/stride,W/stride,O].
 
-    `padding` is that of each side in pixels; None pads as little as H/stride needs, below and to the right first. On
-    CPUs it has no forward-mode derivative.
+    `padding` is that of each side in pixels; None pads as little as H/stride needs, below and to the right first.
+    `image_dilation` puts that many pixels less one, all 0, between two of x's before. On CPUs there is no forward-mode
+    derivative.
     """
     if padding is None:
         pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")
     else:
         pads = [(padding, padding)] * 2
-    geometry = Geometry(stride, tuple(map(tuple, pads)))
+    geometry = Geometry(stride, tuple(map(tuple, pads)), image_dilation)
     return (_in_order if jax.default_backend() == "cpu" else _plain)(x, kernel, geometry)
 
 

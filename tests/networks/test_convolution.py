@@ -10,21 +10,22 @@ import pytest
 from diffusion_jax.networks.convolution import convolve
 
 SHAPES = [
-    # size, kernel, stride, padding
-    (8, 3, 1, None),
-    (8, 3, 2, None),
-    (8, 3, 2, 1),
-    (7, 3, 2, 1),
-    (9, 5, 3, 0),
-    (6, 1, 1, None),
-    (8, 4, 2, 1),
+    # size, kernel, stride, padding, dilation of the image
+    (8, 3, 1, None, 1),
+    (8, 3, 2, None, 1),
+    (8, 3, 2, 1, 1),
+    (7, 3, 2, 1, 1),
+    (9, 5, 3, 0, 1),
+    (6, 1, 1, None, 1),
+    (8, 4, 2, 1, 1),
+    (5, 4, 1, 2, 2),
 ]
 
 
-def theirs(x, kernel, stride, padding):
+def theirs(x, kernel, stride, padding, dilation=1):
     pads = "SAME" if padding is None else [(padding, padding)] * 2
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+        x, kernel, (stride, stride), pads, (dilation, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
@@ -46,10 +47,10 @@ def second(conv, *options):
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_values_and_derivatives_are_those_of_jax(case):
-    size, width, stride, padding = case
+    size, width, *options = case
     given = arrays(size, width)
     for derivative in (lambda conv, *options: lambda x, k: (conv(x, k, *options),), first, second):
-        mine, expected = (jax.jit(derivative(conv, stride, padding))(*given) for conv in (convolve, theirs))
+        mine, expected = (jax.jit(derivative(conv, *options))(*given) for conv in (convolve, theirs))
         for a, b in zip(mine, expected, strict=True):
             assert a.shape == b.shape
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())

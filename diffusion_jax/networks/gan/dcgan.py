@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.networks import layers
+from diffusion_jax.networks.convolution import convolve
 from diffusion_jax.networks.layers import Conv, Dense, GroupNorm
 from diffusion_jax.types import Array, ImageSpec
 
@@ -126,14 +127,7 @@ class TransposedConv(nn.Module):
         """[B,H,W,C] -> [B,2H,2W,features]."""
         kernel = self.param("kernel", NORMAL, (4, 4, x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", layers.ZEROS, (self.features,))
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel,
-            window_strides=(1, 1),
-            padding=[(2, 2), (2, 2)],
-            lhs_dilation=(2, 2),  # zeros between the pixels
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        y = convolve(x.astype(self.dtype), kernel, padding=2, image_dilation=2)
         return (y.astype(jnp.float32) + layers.spread(bias[None], y.shape)).astype(self.dtype)
 
 
