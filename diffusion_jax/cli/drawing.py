@@ -1,4 +1,4 @@
-"""What `sample`, `edit` and `traverse` share: flags that choose weights and sampling options, and the files they write."""
+"""What `sample`, `edit` and `traverse` share: flags for weights and sampling options, and the files they write."""
 
 import ast
 import json
