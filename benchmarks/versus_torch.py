@@ -115,6 +115,7 @@ class Racer:
             "OMP_NUM_THREADS": str(task.threads),
             "JAX_PLATFORMS": task.device if side == "ours" else "cpu",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # memory in large pages, for both sides
         }
         xla.set_cpu_flags(environment)
         pipe = subprocess.PIPE
