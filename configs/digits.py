@@ -49,6 +49,8 @@ def gan(config: ConfigDict) -> None:
     """Small residual networks under the relativistic loss with R1 and R2 (R3GAN: Huang et al. 2024).
 
     The discriminator has no norm, Adam no momentum, and samples come from averaged weights.
+
+    Cost and score at this length are not measured yet.
     """
     config.family.generator = "resnet(width=32,multipliers=(2,),latent=32,embedding=32)"
     config.family.discriminator = "resnet(width=32,multipliers=(2,),blocks=1)"
@@ -66,6 +68,8 @@ def vae(config: ConfigDict) -> None:
     """A ladder of 0.9 million parameters, whose latents are 2, 4 and 8 pixels wide, trained on the plain ELBO.
 
     Samples are drawn from a mixture of discretised logistics a pixel, not its mean: a mean is smoother than any digit.
+
+    Cost and score at this length are not measured yet.
     """
     config.family.network = "ladder(channels=32,multipliers=(1,2,2),levels=(1,1,1),latents=4)"
     config.train.steps = 3000
