@@ -13,8 +13,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from diffusion_jax.types import Array
+
+CONVOLVED = "convolved"
+"""By which `remat` knows what a convolution returned."""
 
 
 class Geometry(NamedTuple):
@@ -38,7 +42,8 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int | None = Non
     else:
         pads = [(padding, padding)] * 2
     geometry = Geometry(stride, tuple(map(tuple, pads)), image_dilation)
-    return (_in_order if jax.default_backend() == "cpu" else _plain)(x, kernel, geometry)
+    y = (_in_order if jax.default_backend() == "cpu" else _plain)(x, kernel, geometry)
+    return checkpoint_name(y, CONVOLVED)
 
 
 def _plain(x: Array, kernel: Array, g: Geometry) -> Array:

@@ -4,28 +4,29 @@ A block that keeps its input alone costs one more forward pass, and the memory o
 residual stream (Chen et al. 2016, "Training deep nets with sublinear memory cost").
 """
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
-from jax.extend.core import Primitive
+
+from diffusion_jax.networks.convolution import CONVOLVED
 
 M = TypeVar("M", bound=type[nn.Module])
 
 
-def products(primitive: Primitive, *args: Any, **params: Any) -> bool:
-    """Keep what dense layers and convolutions return: it costs the most to compute again.
+PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(CONVOLVED),
+)
+"""Keep what dense layers and convolutions return: it costs the most to compute again.
 
-    Products with a batch axis are attention's, over T x T numbers a head; those are computed again.
-    """
-    dense = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return primitive.name == "conv_general_dilated" or dense(primitive, *args, **params)
-
+Products with a batch axis are attention's, over T x T numbers a head; those are computed again.
+"""
 
 POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": products,
+    "dots": PRODUCTS,
 }
 """name -> what is kept: everything, nothing but the block's input, or products with weights."""
 

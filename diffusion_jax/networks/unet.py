@@ -185,11 +185,12 @@ def doubled(x: Array) -> Array:
 def size_error(options: Any, size: int) -> str:
     """Why a U-Net of `options` (`multipliers`, `attention`) cannot take images of `size` pixels, or "".
 
-    A side of `attention` above `size` is passed over: the sides of a paper's network then hold for smaller images, too.
+    A side of `attention` that the image has in no resolution is passed over, so that those of a paper's network hold for
+    smaller images, too; but not one that halving never leads to.
     """
     halvings = len(options.multipliers) - 1
     if size % 2**halvings:
         return f"{len(options.multipliers)} multipliers halve the image {halvings} times, and {size} pixels cannot be"
-    sides = [size >> level for level in range(halvings + 1)]
+    sides = [size >> level for level in range(size.bit_length())]
     absent = [side for side in options.attention if side <= size and side not in sides]
-    return f"attention = {absent[0]} is none of the sides {', '.join(map(str, sides))}" if absent else ""
+    return f"attention = {absent[0]} is none of {', '.join(map(str, sides))}" if absent else ""

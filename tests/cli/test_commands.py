@@ -202,7 +202,7 @@ def test_a_folder_streams_through_the_same_command(pictures, tmp_path, caplog):
         f"--config.data.name=folder:{pictures}",
         "--config.data.image_size=8",
         "--config.data.flip=True",
-        "--config.family.network=unet(channels=32,multipliers=(1,2),blocks=1,attention=(4,))",
+        "--config.family.network=dit(patch=4,width=16,depth=1,heads=2)",
         "--config.train.batch_size=16",
         "--config.train.steps=4",
         "--config.train.log_every=2",
