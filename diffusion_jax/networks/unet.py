@@ -185,8 +185,8 @@ def doubled(x: Array) -> Array:
 def size_error(options: Any, size: int) -> str:
     """Why a U-Net of `options` (`multipliers`, `attention`) cannot take images of `size` pixels, or "".
 
-    A side of `attention` that the image has in no resolution is passed over, so that those of a paper's network hold for
-    smaller images, too; but not one that halving never leads to.
+    A side of `attention` that the image has in no resolution is passed over, so that those of a paper's network hold
+    for smaller images, too; but not one that halving never leads to.
     """
     halvings = len(options.multipliers) - 1
     if size % 2**halvings:

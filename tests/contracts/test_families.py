@@ -55,6 +55,14 @@ def _pairings():
 PAIRINGS = dict(_pairings())
 """Every schedule with every prediction that goes with it."""
 
+
+def _by_default(name):
+    """Every schedule with v, every prediction on two schedules; the others with -m slow."""
+    return name.endswith("-v") or name.startswith(("diffusion-cosine-", "diffusion-rectified_flow-"))
+
+
+PAIRS = [pytest.param(name, marks=[] if _by_default(name) else pytest.mark.slow) for name in PAIRINGS]
+
 VARIANTS = {
     "diffusion": diffusion("rectified_flow", "velocity"),
     "diffusion-plain": diffusion(
@@ -208,7 +216,7 @@ def test_training(name):
             assert not np.array_equal(a, b), tree.path_name(path)
 
 
-@pytest.mark.parametrize("name", PAIRINGS)
+@pytest.mark.parametrize("name", PAIRS)
 def test_losses_and_gradients_are_finite(name):
     """With parameters at random, of every player; and the loss is one that its parameters can lower."""
     it, spec = family(name), PAIRINGS[name][1]
