@@ -63,6 +63,7 @@ def test_times_of_a_network_agree_with_its_shapes(capsys, what, passes, copies, 
     assert result["compile_s"] > 0
 
 
+@pytest.mark.slow
 def test_a_learned_variance_is_trained_as_such(capsys):
     result = bench(
         capsys, "--what=train", "--network=dit-s/8(width=32,depth=1,heads=2)", "--batch=8", "--repetitions=2"

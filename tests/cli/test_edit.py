@@ -181,6 +181,7 @@ def test_likelihood_of_held_out_images(workdir, tmp_path, capsys):
     assert 1.0 < row["value"] < 3.0 * np.log2(17)
 
 
+@pytest.mark.slow
 def test_autoguidance_pushes_away_from_an_earlier_checkpoint(workdir, tmp_path):
     """One step of DDIM ends in x0 itself, and so three runs lie on a line: pushed = weak + w (strong - weak).
 
@@ -235,6 +236,7 @@ def test_autoguidance_refuses_a_run_that_is_no_worse_model_of_the_same(
     assert not (tmp_path / "y.npz").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["rectified_flow()", None])
 def test_the_worse_models_schedule_may_be_written_otherwise(workdir, tmp_path, schedule):
     """The rows must be equal, not their texts; and a field that a config leaves out has its default."""
