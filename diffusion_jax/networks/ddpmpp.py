@@ -223,20 +223,20 @@ class HalvingConv(nn.Module):
         edge = len(self.taps) // 2 - 1
         x = jnp.pad(x, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
         x = Conv(self.features, dtype=self.dtype, name="conv")(x)
-        return _filtered(x, self.taps, down=2, padding=0)
+        return filtered(x, self.taps, down=2, padding=0)
 
 
 def halved(x: Array, taps: tuple) -> Array:
     """Every second pixel of x, filtered: [B,H,W,C] -> [B,H/2,W/2,C]. Outside are zeros."""
-    return _filtered(x, taps, down=2, padding=len(taps) // 2 - 1)
+    return filtered(x, taps, down=2, padding=len(taps) // 2 - 1)
 
 
 def doubled(x: Array, taps: tuple) -> Array:
     """X with zeros between its pixels, filtered: [B,H,W,C] -> [B,2H,2W,C]. Outside are zeros."""
-    return _filtered(x, taps, up=2, padding=len(taps) // 2)
+    return filtered(x, taps, up=2, padding=len(taps) // 2)
 
 
-def _filtered(x: Array, taps: tuple, *, up: int = 1, down: int = 1, padding: int) -> Array:
+def filtered(x: Array, taps: tuple, *, up: int = 1, down: int = 1, padding: int) -> Array:
     """Along height and width: up - 1 zeros between pixels, `padding` zeros around, filter, keep every down-th.
 
     The taps are scaled so that a constant image stays what it is, away from its border.

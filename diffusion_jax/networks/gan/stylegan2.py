@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from diffusion_jax import rng
 from diffusion_jax.networks import layers
 from diffusion_jax.networks.convolution import convolve
-from diffusion_jax.networks.ddpmpp import _filtered, doubled, halved
+from diffusion_jax.networks.ddpmpp import filtered, doubled, halved
 from diffusion_jax.networks.gan import dcgan
 from diffusion_jax.types import Array, ImageSpec
 
@@ -399,4 +399,4 @@ def halving_convolution(x: Array, kernel: Array) -> Array:
 
 def blurred(x: Array, padding: int) -> Array:
     """x filtered with `padding` zeros around it: [n,H,W,C] -> [n,H+2p-3,W+2p-3,C]."""
-    return _filtered(x, TAPS, padding=padding)
+    return filtered(x, TAPS, padding=padding)
