@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from diffusion_jax import rng
 from diffusion_jax.networks import layers
 from diffusion_jax.networks.convolution import convolve
-from diffusion_jax.networks.ddpmpp import filtered, doubled, halved
+from diffusion_jax.networks.ddpmpp import doubled, filtered, halved
 from diffusion_jax.networks.gan import dcgan
 from diffusion_jax.types import Array, ImageSpec
 
