@@ -23,3 +23,11 @@ def forget_programs():
     """Thousands of compiled programs take gigabytes: those of a module go with it."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules whose programs run for milliseconds and compile for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

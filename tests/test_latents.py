@@ -15,12 +15,7 @@ MATRIX = np.random.default_rng(0).normal(size=(WIDTH, WIDTH)) + 3.0 * np.eye(WID
 SHIFTS = np.random.default_rng(1).normal(size=(4, *SHAPE))  # one a label
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def toy(noise=0.0):

@@ -25,12 +25,7 @@ DIMENSIONS = (63, 0, 27)
 VALUES = np.linspace(-40.0, 40.0, 5)  # so much noise in one pixel that its image must show it
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def drawn(name, directory):

@@ -120,12 +120,7 @@ QUICK = {"diffusion": {"steps": 3}}
 """family -> options with which images take less time than with the default ones."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_every_family_has_its_variants():

@@ -18,12 +18,7 @@ from diffusion_jax.types import Context, ImageSpec
 NETWORK = "ddpmpp(channels=32,multipliers=(1,),blocks=1,attention=(),augment=9)"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def images(count, height=8, width=8, channels=3, seed=0):

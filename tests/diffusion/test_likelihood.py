@@ -31,12 +31,7 @@ UNIFORM_DIGITS = 4.0875
 """Bits per dimension of 17 levels drawn alike: log2(17), a figure without a model."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def build(name):

@@ -21,12 +21,7 @@ STYLE = "stylegan2(latent=8,style=8,mapping_layers=1,channels_base=64,channels_m
 BLIT = "ada(geometry=False,color=False,images=100,every=1{})"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def family(spec=LABELLED, **fields):

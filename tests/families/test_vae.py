@@ -18,12 +18,7 @@ LADDER = "ladder(channels=8,multipliers=(1,1),levels=(1,2),latents=1)"
 MIXTURE = "discretised_logistic_mixture(components=2)"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

@@ -16,12 +16,7 @@ SMALL = "ddpmpp(channels=32,multipliers=(1,),blocks=1,attention=(),augment=9)"
 FILTERS = [(1, 1), (1, 3, 3, 1), (1, 5, 10, 10, 5, 1)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def image(height=6, width=8, channels=2, seed=0):

@@ -18,12 +18,7 @@ SPEC = ImageSpec(size=8, channels=3, num_classes=5)
 TINY = "dit(patch=2,width=32,depth=3,heads=2)"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def draw(shapes, seed=0):

@@ -16,12 +16,7 @@ SPEC = ImageSpec(size=8, channels=3, num_classes=5)
 SIZES = "channels=32,multipliers=(1,2),blocks=1,attention=(4,),head_channels=16"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normals(*shape, seed=0):

@@ -22,12 +22,7 @@ GENERATORS = {
 DISCRIMINATORS = {"dcgan": "dcgan(width=8)", "resnet": "resnet(width=8,multipliers=(2,),blocks=1,attention=4)"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normals(*shape, seed=0):

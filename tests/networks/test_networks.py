@@ -45,12 +45,7 @@ def test_every_backbone_is_tested_here():
     assert {name.split()[0] for name in TINY} == set(networks.BACKBONES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(params=TINY)

@@ -18,12 +18,7 @@ SMALL = "channels_base=64,channels_max=8,blocks=1,group=4"
 GENERATOR, DISCRIMINATOR = f"r3gan({SMALL},latent=6,embedding=4)", f"r3gan({SMALL})"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normals(*shape, seed=0):

@@ -20,12 +20,7 @@ SIZES = {FLAT: (5,), LADDER: (8, 32, 32, 128)}
 """Latents of each level: the ladder's 2 channels at sides 2, 4, 4 and 8."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs run for milliseconds here and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normals(*shape, seed=0):
