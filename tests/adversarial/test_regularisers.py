@@ -8,12 +8,9 @@ import pytest
 from diffusion_jax import plugs
 from diffusion_jax.adversarial.regularisers import REGULARISERS, lazily
 from diffusion_jax.errors import UserError
+from tests.arrays import normals
 
 SHAPE = (4, 3, 3, 2)
-
-
-def normals(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 REAL, FAKE, W = normals(*SHAPE, seed=1), normals(*SHAPE, seed=2), normals(*SHAPE[1:], seed=3)

@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.adversarial import spectral
-
-
-def normals(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+from tests.arrays import normals
 
 
 def with_singular_values(values, inputs, outputs, seed):

@@ -9,6 +9,7 @@ from diffusion_jax import networks
 from diffusion_jax.errors import UserError
 from diffusion_jax.networks import adm, layers, unet
 from diffusion_jax.types import ImageSpec
+from tests.arrays import filled, normals
 
 SPEC = ImageSpec(size=8, channels=3, num_classes=5)
 UNLABELLED = ImageSpec(size=8, channels=3, num_classes=0)
@@ -19,21 +20,6 @@ SMALL = {
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def normals(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def filled(init, *arguments):
-    """Parameters of the shapes that `init` makes, none of them 0: 1 / sqrt(n) for n inputs, vectors 0.3, about."""
-    generator = np.random.default_rng(1)
-
-    def draw(leaf):
-        spread = 0.3 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5
-        return np.asarray(spread * generator.normal(size=leaf.shape), leaf.dtype)
-
-    return jax.tree.map(draw, jax.eval_shape(init, jax.random.key(0), *arguments))
 
 
 def silu(x):

@@ -11,16 +11,13 @@ from diffusion_jax.networks import edm2
 from diffusion_jax.settings import TrainSettings
 from diffusion_jax.training.step import Trainer
 from diffusion_jax.types import Context, ImageSpec
+from tests.arrays import normals
 
 SPEC = ImageSpec(size=8, channels=3, num_classes=5)
 SIZES = "channels=32,multipliers=(1,2),blocks=1,attention=(4,),head_channels=16"
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def normals(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def mean_square(x):

@@ -10,6 +10,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.networks import gan
 from diffusion_jax.networks.gan import r3gan
 from diffusion_jax.types import ImageSpec
+from tests.arrays import filled, normals
 
 SPEC = ImageSpec(size=8, channels=3, num_classes=0)
 LARGER = ImageSpec(size=16, channels=3, num_classes=0)
@@ -19,21 +20,6 @@ GENERATOR, DISCRIMINATOR = f"r3gan({SMALL},latent=6,embedding=4)", f"r3gan({SMAL
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def normals(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def filled(init, *arguments):
-    """Parameters of the shapes that `init` makes, none of them 0: 1 / sqrt(n) for n inputs, vectors 0.3, about."""
-    generator = np.random.default_rng(1)
-
-    def draw(leaf):
-        spread = 0.3 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5
-        return np.asarray(spread * generator.normal(size=leaf.shape), leaf.dtype)
-
-    return jax.tree.map(draw, jax.eval_shape(init, jax.random.key(0), *arguments))
 
 
 def doubled(x):
@@ -55,7 +41,7 @@ def halved(x):
 
 def test_block():
     """x + W3 a(W2 a(W1 x)), W2 acting on each group by itself, in float64."""
-    block, x = r3gan.Block(2, 4, 6, jnp.float32), normals(2, 5, 5, 6)
+    block, x = r3gan.Block(2, 4, 6, jnp.float32), np.asarray(normals(2, 5, 5, 6))
     params = filled(block.init, x)["params"]
     activation = lambda y, bias: np.where(y + bias > 0, y + bias, 0.2 * (y + bias))
 

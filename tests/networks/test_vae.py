@@ -11,6 +11,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.networks import vae
 from diffusion_jax.networks.vae.ladder import Level
 from diffusion_jax.types import ImageSpec
+from tests.arrays import filled, normals
 
 LABELLED = ImageSpec(size=8, channels=1, num_classes=3)
 PLAIN = ImageSpec(size=8, channels=3, num_classes=0)
@@ -23,24 +24,9 @@ SIZES = {FLAT: (5,), LADDER: (8, 32, 32, 128)}
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def normals(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
 @functools.cache
 def build(text, spec=LABELLED, precision="float32"):
     return vae.build("family.network", text, spec, precision, 4)
-
-
-def filled(init):
-    """Parameters of the shapes that `init` makes, none of them 0: at initialisation many outputs are."""
-    generator = np.random.default_rng(1)
-
-    def draw(leaf):
-        spread = 0.3 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5
-        return jnp.asarray(spread * generator.normal(size=leaf.shape), leaf.dtype)
-
-    return jax.tree.map(draw, jax.eval_shape(init, jax.random.key(0)))
 
 
 def given(text, spec=LABELLED, count=3):

@@ -9,15 +9,12 @@ from diffusion_jax import networks
 from diffusion_jax.errors import UserError
 from diffusion_jax.networks import vdm
 from diffusion_jax.types import ImageSpec
+from tests.arrays import normals
 
 SMALL = "vdm(channels=32,depth=1)"
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def normals(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def drawn(text, spec, channels_out=None):
