@@ -62,6 +62,7 @@ def gan(config: ConfigDict) -> None:
     config.train.learning_rate = 1e-3
     config.train.learning_rate_schedule = "cosine_decay_schedule"
     config.train.ema.main = "warmup(decay=0.999)"
+    config.sample.temperature = 1.1
 
 
 def vae(config: ConfigDict) -> None:
@@ -77,3 +78,4 @@ def vae(config: ConfigDict) -> None:
     config.train.learning_rate = 2e-3
     config.train.learning_rate_schedule = "cosine_onecycle_schedule(pct_start=0.05)"
     config.train.ema.main = "warmup(decay=0.995)"
+    config.sample.temperature = 1.1

@@ -74,9 +74,14 @@ class SampleSettings:
 
     Attributes:
       truncation: from `TRUNCATIONS`, how far z or the style may go from what is usual: less variety, better images.
+      temperature: standard deviation of z, over the one in training; above 1 for more variety.
     """
 
     truncation: str = "none"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(0.0 < self.temperature < jnp.inf, "sample.temperature", self.temperature, "must be positive")
 
 
 @jax.tree_util.register_dataclass
@@ -134,9 +139,10 @@ MEAN_STYLES = 1024
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of `generate`: how far truncation goes is traced, its kind is not."""
+    """Options of `generate`: the temperature and how far truncation goes are traced, its kind is not."""
 
     truncation: NoTruncation
+    temperature: Array  # f32[]
 
 
 # ---------------------------------------------------------------------------------------------- how it is built
@@ -276,7 +282,7 @@ class Model:
 
     def draw(self, keys: Array, options: Options) -> Array:
         """Z f32[n,latent] of keys key[n]."""
-        return options.truncation.draw(rng.fold(keys, 0), self.generator.latent)
+        return options.temperature * options.truncation.draw(rng.fold(keys, 0), self.generator.latent)
 
     def decode(self, weights: Weights, z: Array, keys: Array, condition: Condition, options: Options) -> Array:
         """The images f32[n,H,W,C] in [-1,1] of z f32[n,latent]; `keys` are of what noise the generator adds itself.
@@ -307,4 +313,4 @@ class Model:
         require(
             bool(possible), "sample.truncation", settings.truncation, "needs a generator with a mapping; try normal"
         )
-        return Options(truncation=truncation)
+        return Options(truncation=truncation, temperature=jnp.float32(settings.temperature))
