@@ -16,6 +16,7 @@ from diffusion_jax.settings import DataSettings
 
 KINDS = {
     "digits": "diffusion_jax.data.digits",
+    "stacked_digits": "diffusion_jax.data.stacked_digits",
     "tfds": "diffusion_jax.data.tfds",
     "folder": "diffusion_jax.data.folder",
 }
@@ -23,7 +24,7 @@ KINDS = {
 
 
 def build(settings: DataSettings) -> Dataset:
-    """The data set that `settings.name` names: "digits", "tfds:NAME" or "folder:PATH".
+    """The data set that `settings.name` names: "digits", "stacked_digits", "tfds:NAME" or "folder:PATH".
 
     Raises:
       UserError: for an unknown kind, for a held-out split that is the training split, and whatever the kind refuses.
