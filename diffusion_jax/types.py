@@ -1,5 +1,6 @@
 """The vocabulary. Everything that two rooms of the package say to each other is said in these types."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -70,6 +71,28 @@ class ImageSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenSpec:
+    """What a network has to know of the tokens that an image has become.
+
+    Attributes:
+      grid: (h, w, d), d tokens a place.
+      vocabulary: number of different tokens; 0 where there is a vector of numbers in each place.
+      channels: of such a vector, or of the one that a token stands for; 0 for pixels.
+      num_classes: number of labels, 0 for data without labels.
+    """
+
+    grid: tuple[int, int, int]
+    vocabulary: int
+    channels: int
+    num_classes: int
+
+    @property
+    def length(self) -> int:
+        """T, the number of tokens of an image, in raster order."""
+        return math.prod(self.grid)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """What a loss may look at besides the parameters.
 
@@ -108,7 +131,7 @@ class Player:
     """One group of parameters and the loss that it alone minimises, every `every`-th step.
 
     Its learning rate is `rate` times the config's. After each update `project`, where there is one, puts the parameters
-    back where they have to stay.
+    back where they have to stay; then `settle` (own parameters, the new `extra`) sets those that follow no gradient.
     """
 
     name: str
@@ -116,6 +139,7 @@ class Player:
     every: int = 1
     rate: float = 1.0
     project: Callable[[Tree], Tree] | None = None
+    settle: Callable[[Tree, Tree], Tree] | None = None
 
 
 class Generate(Protocol):
@@ -165,12 +189,17 @@ class Family:
       generate: see `Generate`.
       sampling: the config's `sample` section, less what all families share, -> options of `generate`.
       nll: (weights, batch, key) -> f32[B] in bits per dimension; None where the family has no likelihood.
+      dequantised: whether `nll` adds uniform noise of one grey level's width to the images, for a model that is a
+        density; where not, it is of the discrete images as they are.
       trajectory: as `generate`, with the number of steps as a last argument, a Python number -> all stops on the way,
         f32[n,steps + 1,H,W,C]; None where there is no way.
       latent: what images are made from; None where that is nothing one could walk in.
       edits: what else can be done with a trained model, by name.
       denoise: weights -> the plain model, prepared for a loop; None where the family has no noise.
       augment: width of the label of augmentation that the training batches must have; 0 for none.
+      counted: (note) -> this family, whose network calls note(number of images) at each of its runs, for counting
+        evaluations; it has `denoise` or `run` too. None where making an image takes one evaluation.
+      run: (weights, condition of one image) -> what one evaluation of the network gives; None where `denoise` says it.
       guided_by: another family's `denoise` -> this family, guided away from it; its weights then hold the other's as
         `weak`.
     """
@@ -181,11 +210,14 @@ class Family:
     generate: Generate
     sampling: Callable[[Mapping[str, Any]], Tree]
     nll: Callable[[Weights, Batch, Array], Array] | None = None
+    dequantised: bool = False
     trajectory: Callable[[Weights, Array, Condition, Tree, int], Array] | None = None
     latent: Latent | None = None
     edits: Mapping[str, Edit] = field(default_factory=dict)
     denoise: Callable[[Weights], LabelDenoiser] | None = None
     augment: int = 0
+    counted: Callable[[Callable[[int], None]], "Family"] | None = None
+    run: Callable[[Weights, Condition], Tree] | None = None
     guided_by: Callable[[Callable], "Family"] | None = None
 
 

@@ -7,7 +7,7 @@ through 0) on Gaussian data, whose ideal denoiser and exact flow are known, in f
 steps of 1 and 3 in turn. The order is the slope of log(mean error) over log(steps), fitted to the finer half.
 
 Mirrors Figure 3 of Lu et al. 2022 (DPM-Solver) and Table 1 of Zhao et al. 2023 (UniPC), with the truth in place of a
-fine solution. Cost: half a minute on two CPU cores. Needs matplotlib: pip install -e ".[docs]".
+fine solution. Cost: half a minute on two CPU cores.
 """
 
 import sys

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
     from diffusion_jax.cli import drawing, runtime
     from diffusion_jax.cli.workdir import load_weights, open_run
-    from diffusion_jax.evaluation import likelihood, report
+    from diffusion_jax.evaluation import cost, likelihood, report
 
     runtime.prepare()
     judged = open_run(workdir)
@@ -68,11 +68,13 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(problem)
         profile = values.ema or judged.settings.sample.ema
         weights, step = load_weights(judged, workdir, profile, values.step)
-        result = {"step": step, "ema": profile} | judged.judge(weights)
+        result = judged.evaluate(Path(workdir), weights, profile, step)
         if values.likelihood:
             result["bits_per_dimension"] = judged.likelihood(weights, values.likelihood)
     files.write_json(out, result)
     table = report.render(result)
+    if "cost" in result:
+        table += "\n" + cost.render(result["cost"])
     if "bits_per_dimension" in result:
         table += "\n" + likelihood.render(result["bits_per_dimension"])
     print(table, file=sys.stderr if values.json else sys.stdout)

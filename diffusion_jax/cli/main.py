@@ -16,6 +16,7 @@ COMMANDS = {
     "edit": "edit images with a trained model: reconstruction, interpolation, translation, variations, inpainting",
     "traverse": "show what single dimensions of a model's latent do",
     "evaluate": "judge a trained model, or a file of samples, against held-out images",
+    "compare": "put several runs side by side: one table, and figures",
     "bench": "measure a config, or a network: times, multiply-adds, memory, a trace",
 }
 

@@ -2,8 +2,11 @@
 
 import functools
 import json
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,9 +18,9 @@ from diffusion_jax import data, families, plugs, rng, settings
 from diffusion_jax.data import augment
 from diffusion_jax.data.source import Dataset, to_float
 from diffusion_jax.errors import UserError, require
-from diffusion_jax.evaluation import features, likelihood, real, report
+from diffusion_jax.evaluation import cost, features, likelihood, real, report
 from diffusion_jax.sampling import Sampler
-from diffusion_jax.training import loop, sharding
+from diffusion_jax.training import logbook, loop, sharding
 from diffusion_jax.training.checkpoint import abstract_like
 from diffusion_jax.training.step import Trainer
 from diffusion_jax.types import Array, Batch, Family, ImageSpec, Tree, Weights
@@ -91,13 +94,58 @@ class Run(Model):
         """The space in which images are judged; fitted to the training images once, then kept in the user's cache."""
         return features.build(self.dataset)
 
-    def judge(self, weights: Weights, light: bool = False) -> dict[str, Any]:
-        """Sample with the config's own options and judge against held-out images."""
-        chosen = self.settings.evaluate
-        count = chosen.light_samples if light else chosen.num_samples
+    def glance(self, weights: Weights) -> dict[str, Any]:
+        """A light judgement of samples with the config's own options, for the way: see `report.judge`."""
+        count = self.settings.evaluate.light_samples
         rows = self.sampler.labels(count)
         images = self.sampler.draw(weights, self.settings.seed, rows, count, self.options)
-        return self.judge_samples(images, rows.get("label"), light)
+        return self.judge_samples(images, rows.get("label"), light=True)
+
+    def evaluate(self, workdir: Path, weights: Weights, profile: str, step: int) -> dict[str, Any]:
+        """What stands in evaluation.json: the judgement of samples with the config's own options, and what they cost.
+
+        Args:
+          workdir: of the run, whose metrics.jsonl says how long it trained.
+          weights: at `step`, of the averaging profile `profile`.
+          profile: its name.
+          step: finished steps.
+        """
+        count = self.settings.evaluate.num_samples
+        rows = self.sampler.labels(count)
+        draw = lambda count: self.sampler.draw(weights, self.settings.seed, rows, count, self.options)
+        draw(1)  # compiles
+        start = time.perf_counter()
+        images = draw(count)
+        seconds = (time.perf_counter() - start) / count
+        judged = self.judge_samples(images, rows.get("label"))
+        spent = {
+            "parameters": cost.parameters(weights),
+            "training": self.training_cost(workdir, step),
+            "sampling": self.sampling_cost(weights, self.options) | {"seconds": seconds},
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+        }
+        return {"step": step, "ema": profile} | judged | {"cost": spent}
+
+    def training_cost(self, workdir: Path, step: int) -> dict[str, Any]:
+        """Images, FLOPs and seconds of the first `step` steps; seconds are None for runs that did not keep them."""
+        size = self.settings.train.batch_size
+        state, batch = jax.eval_shape(self.trainer.init), cost.batch_like(self.family, self.spec, size)
+        flops = cost.training_flops(self.family, self.trainer.update, state, batch)
+        seconds = logbook.seconds_until(workdir / "metrics.jsonl", step)
+        return {
+            "steps": step,
+            "images": step * size,
+            "flops": step * flops,
+            "seconds": None if math.isnan(seconds) else seconds,
+        }
+
+    def sampling_cost(self, weights: Weights, options: Tree) -> dict[str, Any]:
+        """Evaluations of the network and FLOPs an image."""
+        size = self.sampler.batch_size
+        asked = cost.evaluations(self.family, self.spec, weights, options)
+        flops = cost.sampling_flops(self.family, self.spec, weights, options, size, asked)
+        return {"evaluations": asked, "flops": flops, "batch_size": size}
 
     def likelihood(self, weights: Weights, count: int) -> dict[str, Any]:
         """Bits per dimension of `count` held-out images (all, where there are no more).
@@ -115,7 +163,8 @@ class Run(Model):
         act = lambda weights, keys, rows, key: self.family.nll(weights, rows, key)
         measure = Sampler(act, self.spec, self.mesh, self.settings.sample.batch_size)
         key = rng.stream(self.settings.seed, "likelihood")
-        return likelihood.summarise(np.concatenate(list(measure.batches(weights, 0, rows, count, key))))
+        bits = np.concatenate(list(measure.batches(weights, 0, rows, count, key)))
+        return likelihood.summarise(bits) | {"dequantised": self.family.dequantised}
 
     def judge_samples(self, images: np.ndarray, labels: np.ndarray | None, light: bool = False) -> dict[str, Any]:
         """Judge images uint8 [N,H,W,C] against held-out images."""

@@ -7,10 +7,11 @@ end stand a grid of samples, an evaluation against held-out images and the next 
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from absl import flags
 
 from diffusion_jax import files
@@ -91,6 +92,9 @@ def train(
         print(f"going on from step {start} in {workdir}", file=sys.stderr)
     state = checkpoints.restore(program.abstract, start) if start else program.init()
     with Logbook(workdir, start, settings.steps, settings.batch_size) as logbook:
+        if start < settings.steps:
+            program = compiled(program, feed, start)
+            logbook.rest()
         state, step = loop.run(
             program,
             feed,
@@ -105,6 +109,15 @@ def train(
     if step > start:
         save(run, checkpoints, state, step)
     return state, step
+
+
+def compiled(program: "Program", feed: "Feed", start: int) -> "Program":
+    """The program, compiled now and not within the first step, so that its seconds are training's alone."""
+    from diffusion_jax import tree
+
+    count = tree.place(np.array(1, np.int32), program.abstract.step.sharding)
+    lowered = program.advance.lower(program.abstract, feed.chunk(start, 1), count, {})
+    return replace(program, advance=lowered.compile())
 
 
 def save(run: "Run", checkpoints: "Checkpoints", state: "TrainState", step: int) -> None:
@@ -134,7 +147,7 @@ def tasks(run: "Run", workdir: Path, checkpoints: "Checkpoints", logbook: "Logbo
         logbook.rest()
 
     def judge(state: "TrainState", step: int) -> None:
-        result = run.judge(run.trainer.weights(state, settings.sample.ema), light=True)
+        result = run.glance(run.trainer.weights(state, settings.sample.ema))
         logbook.write(step, {f"evaluate/{name}": row["value"] for name, row in result["metrics"].items()})
         logbook.rest()
 
@@ -158,7 +171,7 @@ def draw_grid(run: "Run", workdir: Path, state: "TrainState", step: int) -> Path
 
 def finish(run: "Run", workdir: Path, state: "TrainState", step: int) -> None:
     """The last grid, the full evaluation, and what to try next."""
-    from diffusion_jax.evaluation import report
+    from diffusion_jax.evaluation import cost, report
 
     print(f"samples     {draw_grid(run, workdir, state, step)}")
     problem = report.too_small(run.dataset)
@@ -167,7 +180,7 @@ def finish(run: "Run", workdir: Path, state: "TrainState", step: int) -> None:
     else:
         print(f"judging {run.settings.evaluate.num_samples} samples", file=sys.stderr)
         profile = run.settings.sample.ema
-        result = {"step": step, "ema": profile} | run.judge(run.trainer.weights(state, profile))
+        result = run.evaluate(workdir, run.trainer.weights(state, profile), profile, step)
         files.write_json(workdir / "evaluation.json", result)
-        print(f"evaluation  {workdir / 'evaluation.json'}\n\n{report.render(result)}")
+        print(f"evaluation  {workdir / 'evaluation.json'}\n\n{report.render(result)}\n{cost.render(result['cost'])}")
     print(f"\nNext:\n  diffusion-jax sample --workdir={workdir} --num_samples=100 --out=samples.png")

@@ -79,7 +79,7 @@ def open_run(workdir: str) -> Run:
     Raises:
       UserError: where there is no readable config.
     """
-    return assemble(_config_of(workdir), training=False)
+    return assemble(config_of(workdir), training=False)
 
 
 def open_model(workdir: str, flag: str = "workdir") -> Model:
@@ -88,7 +88,7 @@ def open_model(workdir: str, flag: str = "workdir") -> Model:
     Raises:
       UserError: where there is no readable config or no checkpoint.
     """
-    config, checkpoints = _config_of(workdir, flag), _checkpoints_of(workdir, flag)
+    config, checkpoints = config_of(workdir, flag), _checkpoints_of(workdir, flag)
     spec = checkpoints.about(checkpoints.steps()[-1])["spec"]
     return assemble_model(config, ImageSpec(**spec))
 
@@ -124,7 +124,12 @@ def load_weights(model: Model, workdir: str, profile: str, step: int | None, pre
     return posthoc.combine(stored, std, step, load), step
 
 
-def _config_of(workdir: str, flag: str = "workdir") -> dict[str, Any]:
+def config_of(workdir: str, flag: str = "workdir") -> dict[str, Any]:
+    """The config of a workdir, which `flag` named.
+
+    Raises:
+      UserError: where there is none.
+    """
     config = saved_config(Path(workdir))
     if config is None:
         raise UserError(f"--{flag}={workdir}: there is no run here (no config.json); train one first.")

@@ -20,4 +20,7 @@ def summarise(bits: np.ndarray) -> dict[str, Any]:
 def render(row: dict[str, Any]) -> str:
     """One line."""
     low, high = row["interval"]
-    return f"bits per dimension {row['value']:.3f} ({low:.3f} .. {high:.3f}) on {row['images']} held-out images."
+    what = "with uniform noise of one grey level" if row["dequantised"] else "discrete, not dequantised"
+    return (
+        f"bits per dimension {row['value']:.3f} ({low:.3f} .. {high:.3f}) of {row['images']} held-out images, {what}."
+    )

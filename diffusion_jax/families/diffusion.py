@@ -21,7 +21,7 @@ from diffusion_jax.diffusion import editing, guidance
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.editing import Walk
 from diffusion_jax.diffusion.grids import GRIDS, MAX_STEPS
-from diffusion_jax.diffusion.likelihood import LIKELIHOODS, Likelihood
+from diffusion_jax.diffusion.likelihood import LIKELIHOODS, Flow, Likelihood
 from diffusion_jax.diffusion.objectives import OBJECTIVES, Objective
 from diffusion_jax.diffusion.prediction import PREDICTIONS, Prediction, check_pairing
 from diffusion_jax.diffusion.schedule import SCHEDULES, Learned, Schedule, logsnr
@@ -247,11 +247,13 @@ class Model:
             generate=self.generate,
             sampling=self.sampling,
             nll=self.nll,
+            dequantised=isinstance(self.likelihood, Flow),
             trajectory=self.trajectory,
             latent=Latent(shape=self.spec.shape, draw=self.noise, decode=self.decode, encode=self.encode),
             edits={name: partial(edit, self) for name, edit in EDITS.items()},
             denoise=self.bound,
             augment=self.network.augment,
+            counted=self.counted,
             guided_by=lambda weak: replace(self, weak=weak).family(),
         )
 
@@ -348,6 +350,15 @@ class Model:
         """The plain model under labels that are given with each point."""
         weights = self.prepared(weights)
         return lambda x, t, label: self.denoise(weights, x, t, label)
+
+    def counted(self, note: Callable[[int], None]) -> Family:
+        """The same family, whose network says at each of its runs how many images it was given."""
+
+        def apply(params: Tree, x: Array, *others: Array | None) -> Array:
+            jax.debug.callback(partial(note, len(x)))
+            return self.network.apply(params, x, *others)
+
+        return replace(self, network=replace(self.network, apply=apply)).family()
 
     def denoise(self, weights: Weights, x: Array, t: Array, label: Array | None) -> Denoised:
         """What the plain model makes of x under labels i32[n]."""

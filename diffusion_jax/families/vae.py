@@ -31,6 +31,7 @@ from diffusion_jax.types import Array, Aux, Batch, Condition, Context, Family, I
 from diffusion_jax.variational.bounds import BOUNDS, Bound, Terms, training_loss, warmed_up
 from diffusion_jax.variational.gaussian import STANDARD, Gaussian, kl, log_density, reparameterised
 from diffusion_jax.variational.likelihoods import LIKELIHOODS, Likelihood
+from diffusion_jax.variational.likelihoods import Gaussian as GaussianPixels
 
 # ---------------------------------------------------------------------------------------------- what a user sets
 
@@ -133,6 +134,7 @@ class Model:
             generate=self.generate,
             sampling=self.sampling,
             nll=self.nll,
+            dequantised=isinstance(self.pixels, GaussianPixels),
             latent=Latent(shape=self.shape, draw=self.draw, decode=self.decode, encode=self.encode),
         )
 

@@ -5,9 +5,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,6 +23,9 @@ class Logbook:
     A run that goes on from `start` makes the lines after it once more, so those that a killed run left are dropped:
     each step stands once in metrics.jsonl.
 
+    `seconds` in a line of training are those of all steps so far, without what was done beside them: compilation,
+    checkpoints, grids, evaluations. They go on where an interrupted run's last line left them.
+
     Args:
       workdir: the run's directory.
       start: finished steps.
@@ -35,7 +39,7 @@ class Logbook:
         _drop_after(self.file, start)
         self.events = SummaryWriter(str(workdir), purge_step=start + 1 if start else None)
         self.step, self.time = start, time.perf_counter()
-        self.compiled = False
+        self.seconds = seconds_until(self.file, start)
         self.bar = _bar(start, total) if sys.stdout.isatty() and sys.stderr.isatty() else None
 
     def __enter__(self) -> "Logbook":
@@ -54,19 +58,17 @@ class Logbook:
         """A line of training: `metrics` are means over the steps since the last line."""
         now = time.perf_counter()
         rate = (step - self.step) / max(now - self.time, 1e-9)
+        self.seconds += now - self.time
         self.step, self.time = step, now
         rates = {"steps_per_second": rate, "images_per_second": rate * self.batch_size}
-        self.write(step, {**metrics, **rates})
+        self.write(step, {**metrics, **rates, "seconds": self.seconds})
         losses = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.endswith("loss"))
         speed = f"{losses}  {rate:.1f} steps/s  {rates['images_per_second']:.0f} images/s"
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step, speed=speed)
         else:
-            # the first line's steps waited for the compilation, which says nothing of those to come
             left = datetime.timedelta(seconds=round((self.total - step) / rate))
-            ending = f"  {left} left" if self.compiled else ""
-            print(f"step {step}/{self.total}  {speed}{ending}", file=sys.stderr, flush=True)
-        self.compiled = True
+            print(f"step {step}/{self.total}  {speed}  {left} left", file=sys.stderr, flush=True)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics for the files alone; a value that is not finite is null in JSON."""
@@ -77,7 +79,7 @@ class Logbook:
             self.events.add_scalar(name, value, step)
 
     def rest(self) -> None:
-        """Leave the time since the last line out of the next line's speed (something else was done)."""
+        """Leave the time since the last line out of the next line's times (something else was done)."""
         self.time = time.perf_counter()
 
 
@@ -88,15 +90,25 @@ def _bar(start: int, total: int) -> Progress:
     return bar
 
 
-def _drop_after(file: Path, step: int) -> None:
-    """Keep the whole lines of steps up to `step`."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text().splitlines():
+def lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; none where it is not there."""
+    for line in file.read_text().splitlines() if file.exists() else ():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            row = json.loads(line)
+            if isinstance(row["step"], int):
+                yield row
         except (ValueError, KeyError, TypeError):
             continue  # the line at which a killed run was writing
-    write_whole(file, "".join(kept).encode())
+
+
+def seconds_until(file: Path, step: int) -> float:
+    """How long a run has trained for its first `step` steps, by its metrics.jsonl; NaN where that does not say."""
+    known = [row["seconds"] for row in lines(file) if row["step"] <= step and row.get("seconds") is not None]
+    return known[-1] if known else 0.0 if step == 0 else math.nan
+
+
+def _drop_after(file: Path, step: int) -> None:
+    """Keep the whole lines of steps up to `step`."""
+    if file.exists():
+        kept = [json.dumps(row) + "\n" for row in lines(file) if row["step"] <= step]
+        write_whole(file, "".join(kept).encode())
