@@ -12,7 +12,14 @@ from diffusion_jax.cli.config import base
 
 def get_config(family: str = "") -> ConfigDict:
     """The config of `family`; what is set here is the same for all of them."""
-    config = base(__file__, family, {"diffusion": diffusion, "gan": gan, "vae": vae})
+    families = {
+        "diffusion": diffusion,
+        "gan": gan,
+        "transformer": transformer,
+        "transformer-maskgit": transformer_maskgit,
+        "vae": vae,
+    }
+    config = base(__file__, family, families)
     config.data.name = "digits"
     config.checkpoint.every = 500
     config.sample.every = 1000
@@ -79,3 +86,31 @@ def vae(config: ConfigDict) -> None:
     config.train.learning_rate_schedule = "cosine_onecycle_schedule(pct_start=0.05)"
     config.train.ema.main = "warmup(decay=0.995)"
     config.sample.temperature = 1.1
+
+
+def transformer(config: ConfigDict) -> None:
+    """A GPT over the 64 pixels, each a token of 17 grey levels, drawn one after the other.
+
+    Cost and score at this length are not measured yet.
+    """
+    config.family.network = "gpt(width=96,depth=4,heads=4,multiple_of=1,dropout=0.2)"
+    config.train.steps = 4000
+    config.train.batch_size = 32
+    config.train.learning_rate = 2e-3
+    config.train.learning_rate_schedule = "cosine_onecycle_schedule(pct_start=0.05)"
+    config.train.ema.main = "warmup(decay=0.995)"
+
+
+def transformer_maskgit(config: ConfigDict) -> None:
+    """A MaskGIT over the 64 pixels, each a token of 17 grey levels, drawn many at a time.
+
+    Cost and score at this length are not measured yet.
+    """
+    config.family.network = "maskgit(width=96,depth=4,heads=4,dropout=0.1)"
+    config.family.decoding = "maskgit"
+    config.train.steps = 4000
+    config.train.batch_size = 32
+    config.train.learning_rate = 1e-3
+    config.train.learning_rate_schedule = "cosine_onecycle_schedule(pct_start=0.05)"
+    config.train.ema.main = "warmup(decay=0.995)"
+    config.sample.steps = 16

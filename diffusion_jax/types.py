@@ -200,6 +200,7 @@ class Family:
       counted: (note) -> this family, whose network calls note(number of images) at each of its runs, for counting
         evaluations; it has `denoise` or `run` too. None where making an image takes one evaluation.
       run: (weights, condition of one image) -> what one evaluation of the network gives; None where `denoise` says it.
+      warnings: (metrics, means since the last log line) -> what is wrong with the training, a sentence by name.
       guided_by: another family's `denoise` -> this family, guided away from it; its weights then hold the other's as
         `weak`.
     """
@@ -218,6 +219,7 @@ class Family:
     augment: int = 0
     counted: Callable[[Callable[[int], None]], "Family"] | None = None
     run: Callable[[Weights, Condition], Tree] | None = None
+    warnings: Callable[[Mapping[str, float]], Mapping[str, str]] = lambda metrics: {}
     guided_by: Callable[[Callable], "Family"] | None = None
 
 

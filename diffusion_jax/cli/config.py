@@ -14,7 +14,8 @@ def base(file: str, family: str, families: Mapping[str, Callable[[ConfigDict], N
     Args:
       file: the config file, for error messages.
       family: the argument after the colon of --config.
-      families: name -> function that fills in what is particular to that family.
+      families: name -> function that fills in what is particular to that family. What follows a dash in a name tells
+        configs of one family apart: `transformer-maskgit` starts from the defaults of the family `transformer`.
 
     Raises:
       UserError: for an unknown family, or none: the sentence lists them.
@@ -27,7 +28,7 @@ def base(file: str, family: str, families: Mapping[str, Callable[[ConfigDict], N
     from diffusion_jax.families import default_fields  # jax takes a second to import
 
     fields = settings.common_fields()
-    fields["family"], own = default_fields(family)
+    fields["family"], own = default_fields(family.partition("-")[0])
     fields["sample"].update(own)
     config = ConfigDict(fields)
     families[family](config)

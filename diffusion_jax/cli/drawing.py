@@ -32,6 +32,9 @@ CHANGES = (
     "temperature",
     "truncation",
     "show",
+    "top_k",
+    "top_p",
+    "choice_temperature",
 )
 """Flags that change the field of that name in the config's `sample` section."""
 
@@ -71,10 +74,16 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("classifier", None, "weight of the classifier's gradient", flag_values=values)
     string("threshold", f"such as 'dynamic(quantile=0.99)'; the config's where left out. Rows: {rows('threshold')}")
     flags.DEFINE_float(
-        "temperature", None, "of the noise or latents at the start; the config's where left out", flag_values=values
+        "temperature", None, "of noise, latents or tokens; the config's where left out", flag_values=values
     )
     string("truncation", "of a GAN's z or style, such as 'normal(bound=1.0)'; the config's where left out")
     string("show", "of a VAE, draw or mean of the pixels' distribution; the config's where left out")
+    text = "of a transformer, how many of the likeliest tokens to draw from; 0 for all"
+    flags.DEFINE_integer("top_k", None, text, flag_values=values)
+    text = "of a transformer, how much of the probability to draw from, in (0, 1]"
+    flags.DEFINE_float("top_p", None, text, flag_values=values)
+    text = "of maskgit, how much chance there is in which tokens are kept first"
+    flags.DEFINE_float("choice_temperature", None, text, flag_values=values)
     string("ema", "averaging profile, none, or 'posthoc(std=0.1)'; the config's where left out")
     flags.DEFINE_integer("step", None, "of the checkpoint; the newest where left out", flag_values=values)
     string("weak_workdir", "the run of a worse model, for --autoguidance; its config's averaging profile")

@@ -4,10 +4,10 @@
     interpolate  --frames images between image 0 of two --seeds, or between the two --images
     translate    encode --images under --source_label (their own where left out), decode under --label
     img2img      noise --images to --strength, walk down from there: variations, under --label
-    inpaint      keep what is black in --mask, make what is white; each step --resamplings times (RePaint), by
-                 default in 20 steps of 'ddpm(variance=1.0)'
+    inpaint      keep what is black in --mask, make what is white: diffusion in steps that it walks --resamplings
+                 times (RePaint), by default 20 of 'ddpm(variance=1.0)'; maskgit as it makes whole images
 
-A family that cannot encode images has `interpolate` between seeds alone; `img2img` and `inpaint` are diffusion's.
+A family that cannot encode images has `interpolate` between seeds alone; `img2img` is diffusion's.
 
 --images is a samples file (.npz), whose labels are the images' own, or picture files (PNG, JPEG, WebP) separated by
 commas, resized and cropped to the model's size. FILE.npz and FILE.png are as `sample` writes them; `reconstruct` puts
@@ -44,7 +44,7 @@ OWN = ("img2img", "inpaint")
 """Edits that a family has of its own, in `Family.edits`; the others are walks in its latent."""
 
 DEFAULTS = {"inpaint": {"solver": "ddpm(variance=1.0)", "steps": 20, "grid": "uniform"}}
-"""edit -> sampling options that suit it: RePaint needs a solver whose noise is that of the step back."""
+"""edit -> sampling options that suit a family with noise: RePaint's solver must draw the noise of the step back."""
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -99,8 +99,12 @@ def prepare(values: flags.FlagValues, edit: str) -> drawing.Drawer:
 
     runtime.prepare()
     # Before the options: a family without the edit need not have the options that suit it either.
-    action(values, edit, open_model(values.workdir).family)
-    drawer = drawing.prepare(values, **DEFAULTS.get(edit, {}))
+    family = open_model(values.workdir).family
+    action(values, edit, family)
+    noisy = family.denoise is not None
+    rule = f"the family {family.name} walks no step again; leave it out"
+    require(values.resamplings is None or noisy, "--resamplings", values.resamplings, rule)
+    drawer = drawing.prepare(values, **(DEFAULTS.get(edit, {}) if noisy else {}))
     if edit not in OWN:
         check_walk(values, drawer)
     return drawer

@@ -37,6 +37,13 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
         lower_bound=0,
         flag_values=values,
     )
+    flags.DEFINE_integer(
+        "reconstructions",
+        0,
+        "judge how near so many held-out images come to themselves, too (families with an encoder); at least 2",
+        lower_bound=0,
+        flag_values=values,
+    )
     flags.DEFINE_boolean("json", False, "print the result as one JSON object in the last line", flag_values=values)
 
 
@@ -46,8 +53,11 @@ def main(argv: Sequence[str]) -> None:
     workdir = arguments.required(values, "workdir")
     if values.samples and not Path(values.samples).is_file():
         raise UserError(f"--samples={values.samples}: there is no such file.")
-    if values.samples and (values.ema or values.step is not None or values.likelihood):
-        raise UserError("--samples names images that are there already; leave out --ema, --step and --likelihood.")
+    for flag in ("ema", "step", "likelihood", "reconstructions"):
+        if values.samples and values[flag].present:
+            raise UserError(f"--samples names images that are there already; leave out --{flag}.")
+    if values.reconstructions == 1:
+        raise UserError("--reconstructions=1: must be at least 2, or 0 for none.")
     default = f"{values.samples}.evaluation.json" if values.samples else Path(workdir) / "evaluation.json"
     out = Path(values.out or default)
     if values.out and (out.suffix != ".json" or not out.absolute().parent.is_dir()):
@@ -55,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
 
     from diffusion_jax.cli import drawing, runtime
     from diffusion_jax.cli.workdir import load_weights, open_run
-    from diffusion_jax.evaluation import cost, likelihood, report
+    from diffusion_jax.evaluation import cost, likelihood, reconstruction, report
 
     runtime.prepare()
     judged = open_run(workdir)
@@ -71,11 +81,15 @@ def main(argv: Sequence[str]) -> None:
         result = judged.evaluate(Path(workdir), weights, profile, step)
         if values.likelihood:
             result["bits_per_dimension"] = judged.likelihood(weights, values.likelihood)
+        if values.reconstructions:
+            result["reconstruction"] = judged.reconstruction(weights, values.reconstructions)
     files.write_json(out, result)
     table = report.render(result)
     if "cost" in result:
         table += "\n" + cost.render(result["cost"])
     if "bits_per_dimension" in result:
         table += "\n" + likelihood.render(result["bits_per_dimension"])
+    if "reconstruction" in result:
+        table += "\n" + reconstruction.render(result["reconstruction"])
     print(table, file=sys.stderr if values.json else sys.stdout)
     print(json.dumps(result) if values.json else f"\nsaved in {out}")

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from diffusion_jax import data, families, plugs, rng, settings
+from diffusion_jax import data, families, latents, plugs, rng, settings
 from diffusion_jax.data import augment
-from diffusion_jax.data.source import Dataset, to_float
+from diffusion_jax.data.source import Dataset, to_float, to_uint8
 from diffusion_jax.errors import UserError, require
-from diffusion_jax.evaluation import cost, features, likelihood, real, report
+from diffusion_jax.evaluation import cost, features, likelihood, real, reconstruction, report
 from diffusion_jax.sampling import Sampler
 from diffusion_jax.training import logbook, loop, sharding
 from diffusion_jax.training.checkpoint import abstract_like
@@ -155,16 +155,33 @@ class Run(Model):
         """
         if self.family.nll is None:
             raise UserError(f"--likelihood={count}: the family {self.family.name} has no likelihood.")
-        held_out = real.choose(self.dataset.held_out, count)
-        count = len(held_out)
-        rows = {"image": to_float(held_out.image), "index": np.arange(count, dtype=np.int32)}
-        if held_out.label is not None:
-            rows["label"] = held_out.label.astype(np.int32)
+        rows = self.held_out(count)
         act = lambda weights, keys, rows, key: self.family.nll(weights, rows, key)
         measure = Sampler(act, self.spec, self.mesh, self.settings.sample.batch_size)
         key = rng.stream(self.settings.seed, "likelihood")
-        bits = np.concatenate(list(measure.batches(weights, 0, rows, count, key)))
+        bits = np.concatenate(list(measure.batches(weights, 0, rows, len(rows["index"]), key)))
         return likelihood.summarise(bits) | {"dequantised": self.family.dequantised}
+
+    def reconstruction(self, weights: Weights, count: int) -> dict[str, Any]:
+        """How near `count` held-out images come to themselves, to the latent and back: see `reconstruction.judge`.
+
+        Raises:
+          UserError: where the family has no encoder.
+        """
+        latent = latents.latent_of(self.family, "--reconstructions", count, encodes=True)
+        rule = f"the family {self.family.name} encodes by its solver; `diffusion-jax edit --edit=reconstruct` does that"
+        require(self.family.denoise is None, "--reconstructions", count, rule)
+        rows = self.held_out(count)
+        act = functools.partial(latents.reconstruct, latent)
+        back = Sampler(act, self.spec, self.mesh, self.settings.sample.batch_size)
+        made = back.draw(weights, self.settings.seed, rows, len(rows["index"]), self.options)
+        return reconstruction.judge(to_uint8(rows["image"], self.spec.levels), made, self.extractor)
+
+    def held_out(self, count: int) -> dict[str, np.ndarray]:
+        """`image`, `index` and, of data with classes, `label` of `count` held-out images (all, if there are fewer)."""
+        chosen = real.choose(self.dataset.held_out, count)
+        rows = {"image": to_float(chosen.image), "index": np.arange(len(chosen), dtype=np.int32)}
+        return rows if chosen.label is None else rows | {"label": chosen.label.astype(np.int32)}
 
     def judge_samples(self, images: np.ndarray, labels: np.ndarray | None, light: bool = False) -> dict[str, Any]:
         """Judge images uint8 [N,H,W,C] against held-out images."""

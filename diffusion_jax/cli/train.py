@@ -92,6 +92,11 @@ def train(
         print(f"going on from step {start} in {workdir}", file=sys.stderr)
     state = checkpoints.restore(program.abstract, start) if start else program.init()
     with Logbook(workdir, start, settings.steps, settings.batch_size) as logbook:
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            logbook.progress(step, metrics)
+            logbook.warn(step, run.family.warnings(metrics))
+
         if start < settings.steps:
             program = compiled(program, feed, start)
             logbook.rest()
@@ -103,7 +108,7 @@ def train(
             settings,
             frozen={},
             tasks=tasks(run, workdir, checkpoints, logbook),
-            log=logbook.progress,
+            log=log,
             stop=preemption.asked,
         )
     if step > start:

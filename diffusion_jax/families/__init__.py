@@ -6,11 +6,11 @@ from typing import Any
 
 from diffusion_jax import plugs
 from diffusion_jax.errors import UserError
-from diffusion_jax.families import diffusion, gan, vae
+from diffusion_jax.families import diffusion, gan, tokenizer, transformer, vae
 from diffusion_jax.settings import from_section
 from diffusion_jax.types import Family, ImageSpec
 
-FAMILIES = {"diffusion": diffusion, "gan": gan, "vae": vae}
+FAMILIES = {"diffusion": diffusion, "gan": gan, "tokenizer": tokenizer, "transformer": transformer, "vae": vae}
 """A family is a module with `FamilySettings`, `SampleSettings` (dataclasses) and `build(settings, spec, precision)`."""
 
 

@@ -12,7 +12,7 @@ from diffusion_jax.errors import require
 from diffusion_jax.types import Array
 
 
-def attention(q: Array, k: Array, v: Array, implementation: str = "auto") -> Array:
+def attention(q: Array, k: Array, v: Array, implementation: str = "auto", mask: Array | None = None) -> Array:
     """Attention of q [B,T,heads,d] to k, v [B,S,heads,d]: [B,T,heads,d] in q's dtype.
 
     Args:
@@ -21,35 +21,44 @@ def attention(q: Array, k: Array, v: Array, implementation: str = "auto") -> Arr
       v: values.
       implementation: a row of IMPLEMENTATIONS, or "auto": what `choose` says for the platform that this process runs
         on. cudnn and splash have no forward-mode derivative.
+      mask: bool [B or 1,T,S], the keys that each query sees, at least one; all where None. splash has none.
 
     Raises:
       UserError: for a row that this platform does not have, or that does not take such arrays.
     """
     platform = jax.default_backend()
     if implementation == "auto":
-        implementation = choose(platform, q, k)
+        implementation = choose(platform, q, k, mask is not None)
     home = {"cudnn": "gpu", "splash": "tpu"}.get(implementation, platform)
     require(platform == home, "attention", implementation, f"is for a {home.upper()}, and this is a {platform.upper()}")
-    return IMPLEMENTATIONS[implementation](q, k, v)
+    if mask is None:
+        return IMPLEMENTATIONS[implementation](q, k, v)
+    require(implementation in MASKED, "attention", implementation, f"has no mask; take one of {', '.join(MASKED)}")
+    return IMPLEMENTATIONS[implementation](q, k, v, mask)
 
 
-def choose(platform: str, q: Array, k: Array) -> str:
-    """The row of IMPLEMENTATIONS for q [B,T,heads,d], k [B,S,heads,d] on "cpu", "gpu" or "tpu"."""
+def choose(platform: str, q: Array, k: Array, masked: bool = False) -> str:
+    """The row of IMPLEMENTATIONS for q [B,T,heads,d], k [B,S,heads,d] on "cpu", "gpu" or "tpu".
+
+    A single query, as a step of generation has, is not worth a kernel.
+    """
     T, S, d = q.shape[1], k.shape[1], q.shape[3]
-    if platform == "tpu" and min(T, S) >= 1024 and T % 128 == S % 128 == 0:
+    if platform == "tpu" and min(T, S) >= 1024 and T % 128 == S % 128 == 0 and not masked:
         return "splash"
-    if platform == "gpu" and q.dtype == jnp.bfloat16 and d % 8 == 0 and d <= 128:
+    if platform == "gpu" and q.dtype == jnp.bfloat16 and d % 8 == 0 and d <= 128 and T > 1:
         return "cudnn"
     return "exact" if platform == "cpu" else "xla"
 
 
-def exact(q: Array, k: Array, v: Array) -> Array:
+def exact(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Plain products: w v / sum(w) with w = exp((q k^T - max) / sqrt(d)). Every transformation accepts it.
 
     With the heads beside the batch, and T x d numbers divided rather than T x S, it is faster than `xla` on CPUs.
     """
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     logits = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
     highest = largest(jax.lax.stop_gradient(logits))
     w = jnp.exp((logits - highest) * q.shape[-1] ** -0.5).astype(v.dtype)
     ones = jnp.ones((*v.shape[:-1], 1), v.dtype)
@@ -68,15 +77,19 @@ def largest(x: Array) -> Array:
     return jnp.max(x, axis=-1, keepdims=True)
 
 
-def xla(q: Array, k: Array, v: Array) -> Array:
+def xla(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """JAX's own in plain products, for XLA to fuse."""
     with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 and float32
-        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        return jax.nn.dot_product_attention(q, k, v, mask=_over_heads(mask), implementation="xla")
 
 
-def cudnn(q: Array, k: Array, v: Array) -> Array:
+def cudnn(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Flash attention (Dao et al. 2022) of NVIDIA's cuDNN: bfloat16, d a multiple of 8; no T x S numbers are kept."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, mask=_over_heads(mask), implementation="cudnn")
+
+
+def _over_heads(mask: Array | None) -> Array | None:
+    return None if mask is None else mask[:, None]
 
 
 def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
@@ -111,6 +124,8 @@ def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
 
 
 IMPLEMENTATIONS = {"exact": exact, "xla": xla, "cudnn": cudnn, "splash": splash}
+MASKED = ("exact", "xla", "cudnn")
+"""Those that take a mask."""
 
 
 def check(implementation: str) -> None:

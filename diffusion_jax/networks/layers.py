@@ -55,7 +55,7 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """Square convolution, NHWC, with the bias added in float32; `padding` as in `convolve`."""
+    """Square convolution, NHWC, with the bias added in float32, or without one; `padding` as in `convolve`."""
 
     features: int
     size: int = 3
@@ -63,15 +63,15 @@ class Conv(nn.Module):
     padding: int | None = None
     dtype: jnp.dtype = jnp.float32
     kernel_init: nn.initializers.Initializer = XAVIER
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B,H,W,C] -> [B,H/stride,W/stride,features]."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = ready(self, "kernel", lambda: self.param("kernel", self.kernel_init, shape).astype(self.dtype))
-        bias = self.param("bias", ZEROS, (self.features,))
         y = convolve(x.astype(self.dtype), kernel, self.stride, self.padding)
-        return _add_bias(y, bias, self.dtype)
+        return _add_bias(y, self.param("bias", ZEROS, (self.features,)), self.dtype) if self.bias else y
 
 
 def _add_bias(y: Array, bias: Array, dtype: jnp.dtype) -> Array:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusion_jax import plugs
-from diffusion_jax.types import ImageSpec
+from diffusion_jax.types import ImageSpec, TokenSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,34 @@ class Pair:
     generator: str
     discriminator: str
     image: ImageSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstStage:
+    """A tokenizer, and the images that it was published for.
+
+    Attributes:
+      codec: as a row of `tokenizer.CODECS` with its options.
+      bottleneck: as a row of `tokenizers.bottlenecks.BOTTLENECKS` with its options.
+      image: size and channels.
+    """
+
+    codec: str
+    bottleneck: str
+    image: ImageSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """A network over tokens, and the tokens that it was published for.
+
+    Attributes:
+      text: the network, as a row of `sequence.NETWORKS` with its options.
+      tokens: grid, vocabulary and classes.
+    """
+
+    text: str
+    tokens: TokenSpec
 
 
 def _latents(size: int = 32, num_classes: int = 1000) -> ImageSpec:
@@ -163,9 +191,87 @@ PAIRS = {
     "r3gan-imagenet64": _r3gan(1536, 98304, 32, _pixels(64, 1000)),
 }
 
+
+def _kl(options: str, latents: int) -> FirstStage:
+    """Rombach et al. 2022, Table 8: configs of CompVis/latent-diffusion, models/first_stage_models."""
+    return FirstStage(codec=f"vqgan({options})", bottleneck=f"kl(latents={latents})", image=_pixels(256))
+
+
+def _vqgan(codes: int) -> FirstStage:
+    """Esser et al. 2021: configs of the models of ImageNet in the README of CompVis/taming-transformers."""
+    codec = "vqgan(multipliers=(1,1,2,2,4),attention=(16,))"
+    return FirstStage(codec=codec, bottleneck=f"vq(codes={codes},latents=256)", image=_pixels(256))
+
+
+FIRST_STAGES = {
+    "kl-f4": _kl("multipliers=(1,2,4)", 3),
+    "kl-f8": _kl("multipliers=(1,2,4,4)", 4),
+    "kl-f16": _kl("multipliers=(1,1,2,2,4),attention=(16,)", 16),
+    "kl-f32": _kl("multipliers=(1,1,2,2,4,4),attention=(16,8)", 64),
+    # Esser et al. 2024, section 5.2.1: 16 channels, and no 1x1 convolutions; Flux's is of the same shape
+    "kl-f8-16": _kl("multipliers=(1,2,4,4),projection=False", 16),
+    "vqgan-f16-1024": _vqgan(1024),
+    "vqgan-f16-16384": _vqgan(16384),
+    # Chang et al. 2022: google-research/maskgit
+    "maskgit-vqgan": FirstStage(codec="maskgit", bottleneck="vq(codes=1024,latents=256)", image=_pixels(256)),
+}
+
+
+def _codes(vocabulary: int, channels: int) -> TokenSpec:
+    """ImageNet at 256 pixels under an autoencoder that makes 16 pixels one place."""
+    return TokenSpec(grid=(16, 16, 1), vocabulary=vocabulary, channels=channels, num_classes=1000)
+
+
+def _llamagen() -> dict[str, Transformer]:
+    """Sun et al. 2024, Table 1: GPT_B, ..., GPT_3B of FoundationVision/LlamaGen."""
+    sizes = {
+        "b": "width=768,depth=12,heads=12",
+        "l": "width=1024,depth=24,heads=16",
+        "xl": "width=1280,depth=36,heads=20",
+        "xxl": "width=1536,depth=48,heads=24",
+        "3b": "width=3200,depth=24,heads=32",
+    }
+    return {
+        f"llamagen-{size}": Transformer(text=f"gpt({options})", tokens=_codes(16384, 8))
+        for size, options in sizes.items()
+    }
+
+
+def _var() -> dict[str, Transformer]:
+    """Tian et al. 2024, section 4.1: width = 64 depth, as many heads as blocks."""
+    return {
+        f"var-d{depth}": Transformer(
+            text=f"var(width={64 * depth},depth={depth},heads={depth})", tokens=_codes(4096, 32)
+        )
+        for depth in (16, 20, 24, 30)
+    }
+
+
+def _mar() -> dict[str, Transformer]:
+    """Li et al. 2024, section 5: mar_base, mar_large and mar_huge, with the MLPs of the README of LTH14/mar."""
+    sizes = {
+        "b": "width=768,depth=12,heads=12,mlp_width=1024,mlp_depth=6",
+        "l": "width=1024,depth=16,heads=16,mlp_width=1280,mlp_depth=8",
+        "h": "width=1280,depth=20,heads=16,mlp_width=1536,mlp_depth=12",
+    }
+    return {f"mar-{size}": Transformer(text=f"mar({options})", tokens=_codes(0, 16)) for size, options in sizes.items()}
+
+
+SEQUENCES = {
+    **_llamagen(),
+    # Chang et al. 2022: google-research/maskgit
+    "maskgit-256": Transformer(text="maskgit(null_label=False)", tokens=_codes(1024, 256)),
+    **_var(),
+    **_mar(),
+}
+
 TEXTS = {name: preset.text for name, preset in PRESETS.items()}
 GENERATOR_TEXTS = {name: pair.generator for name, pair in PAIRS.items()}
 DISCRIMINATOR_TEXTS = {name: pair.discriminator for name, pair in PAIRS.items()}
+CODEC_TEXTS = {name: stage.codec for name, stage in FIRST_STAGES.items()}
+BOTTLENECK_TEXTS = {name: stage.bottleneck for name, stage in FIRST_STAGES.items()}
+
+SEQUENCE_TEXTS = {name: preset.text for name, preset in SEQUENCES.items()}
 
 
 def expand(field: str, text: str, texts: Mapping[str, str] = TEXTS) -> tuple[str, dict[str, Any]]:

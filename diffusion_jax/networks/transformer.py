@@ -7,11 +7,16 @@
     norm(x) = normalise(x) (1 + scale) + shift
 
 Shift, scale and gate come from a condition (adaptive norms: Perez et al. 2018; Peebles & Xie 2022, section 3.2).
-Without one, shift and scale are the norm's own and there is no gate: the plain transformer (Vaswani et al. 2017).
+Without one, shift and scale are the norm's own and there is no gate.
+
+Papers differ besides in where the norms stand, in biases, and in who sees whom: attributes of `Block`, a mask, and a
+cache of keys and values for sequences that are made token by token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -36,6 +41,7 @@ class BlockOptions:
       heads: of each attention.
       mlp_ratio: width of the MLP's hidden layer over `width`.
       mlp: a row of MLPS.
+      multiple_of: the hidden layer's width is rounded up to a multiple of this.
       norm: a row of NORMS.
       epsilon: under the norms' root.
       qkv_bias: whether queries, keys and values have a bias.
@@ -49,6 +55,7 @@ class BlockOptions:
     heads: int = 6
     mlp_ratio: float = 4.0
     mlp: str = "gelu"
+    multiple_of: int = 1
     norm: str = "layer"
     epsilon: float = 1e-6
     qkv_bias: bool = True
@@ -59,8 +66,8 @@ class BlockOptions:
     def __post_init__(self) -> None:
         if not 0.0 < self.mlp_ratio < 1e6:
             raise ValueError(f"mlp_ratio must be positive and below 1e6, not {self.mlp_ratio}")
-        if min(self.width, self.heads, int(2 * self.mlp_ratio * self.width / 3)) < 1:
-            raise ValueError("width, heads and 2/3 mlp_ratio * width must be at least 1")
+        if min(self.width, self.heads, self.multiple_of, int(2 * self.mlp_ratio * self.width / 3)) < 1:
+            raise ValueError("width, heads, multiple_of and 2/3 mlp_ratio * width must be at least 1")
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"width must be divisible by 4 and by heads = {self.heads}, and {self.width} is not")
         for name, rows in (("mlp", MLPS), ("norm", NORMS)):
@@ -76,6 +83,28 @@ class BlockOptions:
 # ---------------------------------------------------------------------------------------------- the block
 
 
+class Cache(NamedTuple):
+    """What the tokens of a sequence that have been made so far are to those that come: keys and values, of all blocks.
+
+    Attributes:
+      pairs: [layers,2,B,T,heads,d], keys and values; zeros where there is no token yet.
+      position: i32[], number of tokens that are there.
+    """
+
+    pairs: Array
+    position: Array
+
+    def extended(self, layer: Array | int, k: Array, v: Array) -> tuple["Cache", Array, Array]:
+        """The cache with k, v [B,n,heads,d] of a block's n next tokens, and all of the block's keys and values.
+
+        `position` stays, since the other blocks' are still to come.
+        """
+        new = jnp.stack([k, v])[None].astype(self.pairs.dtype)
+        at = (layer, 0, 0, self.position, 0, 0)
+        pairs = jax.lax.dynamic_update_slice(self.pairs, new, [jnp.asarray(i, jnp.int32) for i in at])
+        return self._replace(pairs=pairs), *pairs[layer]
+
+
 class Block(nn.Module):
     """Attention and MLP in residual branches.
 
@@ -84,12 +113,21 @@ class Block(nn.Module):
         start at zero, and with them the branch (adaLN-Zero).
       shared: whether the condition holds all branches' vectors, to which the block adds a table of its own
         (adaLN-single: Chen et al. 2023, section 2.3).
+      post_norm: the norms stand behind the sums, x <- norm(x + branch(x)) (Vaswani et al. 2017, section 3.1); without
+        `vectors`.
+      bias: whether the outputs of attention and both layers of the MLP have one.
+      key_bias: whether, among `qkv_bias`, keys have one; it would change no softmax.
+      cosine: queries and keys are of unit length, times a learned temperature a head (Liu et al. 2022, section 3.3).
     """
 
     options: BlockOptions
     dtype: jnp.dtype
     vectors: int = 0
     shared: bool = False
+    post_norm: bool = False
+    bias: bool = True
+    key_bias: bool = True
+    cosine: bool = False
 
     @nn.compact
     def __call__(
@@ -100,8 +138,10 @@ class Block(nn.Module):
         condition: Array | None = None,
         context: Array | None = None,
         rotation: Array | None = None,
-    ) -> Array:
-        """One block.
+        mask: Array | None = None,
+        cache: Cache | None = None,
+    ) -> Array | tuple[Array, Cache]:
+        """One block: x, and the longer cache where one is given.
 
         Args:
           x: [B,T,width].
@@ -110,17 +150,24 @@ class Block(nn.Module):
           condition: [B or 1, width], or [B or 1, 2 * vectors * width] where `shared`; None where `vectors` is 0.
           context: tokens [B or 1, S, width] for cross-attention, or None.
           rotation: cosines and sines [2, T, head width / 2] of the angles of queries and keys, or None.
+          mask: bool [B or 1,T,S], the tokens that each token sees; all where None. S = T, or the cache's length.
+          cache: of the tokens before x, or None.
         """
         o = self.options
         norm = lambda name: Norm(o.norm, o.epsilon, name=f"{name}_norm")
+        before = lambda name, x, *vectors: x if self.post_norm else norm(name)(x, *vectors)
+        after = lambda name, x: norm(name)(x) if self.post_norm else x
         drop = lambda y, branch: layers.dropout(y, o.dropout, keys, 3 * layer + branch)
         (shift, scale, gate), of_mlp = self.modulation(condition)
 
-        x = gated(x, gate, drop(self.self_attention(norm("attention")(x, shift, scale), rotation), 0))
+        y, cache = self.self_attention(before("attention", x, shift, scale), layer, rotation, mask, cache)
+        x = after("attention", gated(x, gate, drop(y, 0)))
         if context is not None:
-            x = x + drop(self.cross_attention(norm("cross")(x), context), 1)
+            x = after("cross", x + drop(self.cross_attention(before("cross", x), context), 1))
         shift, scale, gate = of_mlp
-        return gated(x, gate, drop(MLPS[o.mlp](norm("mlp")(x, shift, scale), o, self.dtype), 2))
+        y = MLPS[o.mlp](before("mlp", x, shift, scale), o, self.dtype, self.bias)
+        x = after("mlp", gated(x, gate, drop(y, 2)))
+        return x if cache is None else (x, cache)
 
     def modulation(self, condition: Array | None) -> list[tuple[Array | None, ...]]:
         """(shift, scale, gate) of attention and MLP, each [B or 1, 1, width] or None."""
@@ -136,17 +183,25 @@ class Block(nn.Module):
         given = [[vectors[:, branch, i, None] for i in range(self.vectors)] for branch in range(2)]
         return [(*vectors, None)[:3] for vectors in given]
 
-    def self_attention(self, y: Array, rotation: Array | None) -> Array:
-        """[B,T,width] -> the same."""
+    def self_attention(
+        self, y: Array, layer: Array | int, rotation: Array | None, mask: Array | None, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
+        """([B,T,width] -> the same, the longer cache)."""
         o = self.options
-        qkv = Dense(3 * o.width, self.dtype, bias=o.qkv_bias, name="qkv")(y)
+        qkv = Dense(3 * o.width, self.dtype, bias=o.qkv_bias and self.key_bias, name="qkv")(y)
         q, k, v = jnp.moveaxis(qkv.reshape(*y.shape[:2], 3, o.heads, -1), 2, 0)
+        if o.qkv_bias and not self.key_bias:
+            q, v = Bias(name="q_bias")(q), Bias(name="v_bias")(v)
         if o.qk_norm:
             q, k = Norm("rms", o.epsilon, name="q_norm")(q), Norm("rms", o.epsilon, name="k_norm")(k)
+        if self.cosine:
+            q, k = Temperature(name="temperature")(unit(q)), unit(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        y = attention.attention(q, k, v, o.attention).reshape(y.shape)
-        return Dense(o.width, self.dtype, name="attention_out")(y)
+        if cache is not None:
+            cache, k, v = cache.extended(layer, k, v)
+        y = attention.attention(q, k, v, o.attention, mask).reshape(y.shape)
+        return Dense(o.width, self.dtype, bias=self.bias, name="attention_out")(y), cache
 
     def cross_attention(self, y: Array, context: Array) -> Array:
         """[B,T,width], [B or 1,S,width] -> [B,T,width]; keys and values of one context are computed once."""
@@ -155,7 +210,7 @@ class Block(nn.Module):
         kv = Dense(2 * o.width, self.dtype, bias=o.qkv_bias, name="cross_kv")(context)
         kv = jnp.broadcast_to(kv, (len(y), *kv.shape[1:])).reshape(len(y), -1, 2, o.heads, q.shape[-1])
         y = attention.attention(q, *jnp.moveaxis(kv, 2, 0), o.attention).reshape(y.shape)
-        return Dense(o.width, self.dtype, name="cross_out")(y)
+        return Dense(o.width, self.dtype, bias=self.bias, name="cross_out")(y)
 
 
 def gated(x: Array, gate: Array | None, y: Array) -> Array:
@@ -192,16 +247,52 @@ class Norm(nn.Module):
         return (y if shift is None else y + over(shift)).astype(x.dtype)
 
 
-def _gelu_mlp(y: Array, o: BlockOptions, dtype: jnp.dtype, approximate: bool = True) -> Array:
-    y = nn.gelu(Dense(int(o.mlp_ratio * o.width), dtype, name="mlp_in")(y), approximate=approximate)
-    return Dense(o.width, dtype, name="mlp_out")(y)
+class Bias(nn.Module):
+    """X + b for each head, with b added in float32."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B,T,heads,d] -> the same."""
+        b = self.param("bias", layers.ZEROS, (math.prod(x.shape[2:]),))
+        return (x.astype(jnp.float32) + b.reshape(1, 1, *x.shape[2:])).astype(x.dtype)
 
 
-def _swiglu(y: Array, o: BlockOptions, dtype: jnp.dtype) -> Array:
+class Temperature(nn.Module):
+    """Unit vectors q times sqrt(d) / tau, so that q k^T / sqrt(d) is a cosine over tau; 1 / tau is 4 at first.
+
+    Attention divides by sqrt(d). 1 / tau stays at or below 100 (Liu et al. 2022: tau > 0.01), and is learned as its
+    logarithm.
+    """
+
+    @nn.compact
+    def __call__(self, q: Array) -> Array:
+        """[B,T,heads,d] -> the same."""
+        log = self.param("log", nn.initializers.constant(math.log(4.0)), (q.shape[2],))
+        scale = math.sqrt(q.shape[3]) * jnp.exp(jnp.minimum(log, math.log(100.0)))
+        return (q.astype(jnp.float32) * scale[None, None, :, None]).astype(q.dtype)
+
+
+def unit(x: Array) -> Array:
+    """[..., d] -> the same direction with length 1."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.sum(jnp.square(y), -1, keepdims=True) + 1e-12)).astype(x.dtype)
+
+
+def _gelu_mlp(y: Array, o: BlockOptions, dtype: jnp.dtype, bias: bool, approximate: bool = True) -> Array:
+    hidden = _rounded_up(int(o.mlp_ratio * o.width), o.multiple_of)
+    y = nn.gelu(Dense(hidden, dtype, bias=bias, name="mlp_in")(y), approximate=approximate)
+    return Dense(o.width, dtype, bias=bias, name="mlp_out")(y)
+
+
+def _swiglu(y: Array, o: BlockOptions, dtype: jnp.dtype, bias: bool) -> Array:
     """silu(a) * b (Shazeer 2020, eq. 6), two thirds as wide: as many parameters as the others."""
-    hidden = int(2 * o.mlp_ratio * o.width / 3)
-    a, b = jnp.split(Dense(2 * hidden, dtype, name="mlp_in")(y), 2, axis=-1)
-    return Dense(o.width, dtype, name="mlp_out")(nn.silu(a) * b)
+    hidden = _rounded_up(int(2 * o.mlp_ratio * o.width / 3), o.multiple_of)
+    a, b = jnp.split(Dense(2 * hidden, dtype, bias=bias, name="mlp_in")(y), 2, axis=-1)
+    return Dense(o.width, dtype, bias=bias, name="mlp_out")(nn.silu(a) * b)
+
+
+def _rounded_up(n: int, multiple_of: int) -> int:
+    return -(-n // multiple_of) * multiple_of
 
 
 MLPS = {
@@ -209,7 +300,7 @@ MLPS = {
     "gelu_erf": lambda *given: _gelu_mlp(*given, approximate=False),
     "swiglu": _swiglu,
 }
-"""name -> (y [..., width], options, dtype) -> the same; "gelu" is the approximation by tanh."""
+"""name -> (y [..., width], options, dtype, biases) -> the same; "gelu" is the approximation by tanh."""
 
 
 def angles_2d(height: int, width: int, features: int) -> np.ndarray:
@@ -244,10 +335,11 @@ def stack(
     x: Array,
     keys: Array | None,
     *given: Array | None,
+    cache: Cache | None = None,
     policy: str = "none",
     scan: bool = False,
-) -> Array:
-    """X after `depth` blocks.
+) -> Array | tuple[Array, Cache]:
+    """X after `depth` blocks, and the cache with all T tokens of x where one is given.
 
     Args:
       block: (module class, name) -> a block.
@@ -255,18 +347,29 @@ def stack(
       x: [B,T,width].
       keys: see `Block`.
       given: further arguments of `Block.__call__`, the same for all.
+      cache: of the tokens before x.
       policy: from `remat.POLICIES`.
       scan: one program for all blocks, whose parameters are stacked along a first axis: the time to compile does not
         grow with the depth. The function is the same.
     """
     kind = remat.block(Block, policy, in_scan=scan)
-    if not scan:
+
+    def through(block: nn.Module, carry: tuple[Array, Cache | None], layer: Array | int) -> tuple:
+        x, cache = carry
+        if cache is None:
+            return block(x, layer, keys, *given), None
+        return block(x, layer, keys, *given, cache=cache)
+
+    carry = x, cache
+    if scan:
+        body = lambda block, carry, layer: (through(block, carry, layer), None)
+        scanned = nn.scan(body, variable_axes={"params": 0, "ready": 0}, split_rngs={"params": True}, length=depth)
+        carry = scanned(block(kind, "blocks"), carry, jnp.arange(depth))[0]
+    else:
         for layer in range(depth):
-            x = block(kind, f"block_{layer}")(x, layer, keys, *given)
-        return x
-    body = lambda block, x, layer: (block(x, layer, keys, *given), None)
-    scanned = nn.scan(body, variable_axes={"params": 0, "ready": 0}, split_rngs={"params": True}, length=depth)
-    return scanned(block(kind, "blocks"), x, jnp.arange(depth))[0]
+            carry = through(block(kind, f"block_{layer}"), carry, layer)
+    x, cache = carry
+    return x if cache is None else (x, cache._replace(position=cache.position + x.shape[1]))
 
 
 def cut(x: Array, patch: int) -> Array:

@@ -40,6 +40,7 @@ class Logbook:
         self.events = SummaryWriter(str(workdir), purge_step=start + 1 if start else None)
         self.step, self.time = start, time.perf_counter()
         self.seconds = seconds_until(self.file, start)
+        self.warned: set[str] = set()
         self.bar = _bar(start, total) if sys.stdout.isatty() and sys.stderr.isatty() else None
 
     def __enter__(self) -> "Logbook":
@@ -77,6 +78,12 @@ class Logbook:
             file.write(json.dumps(row) + "\n")
         for name, value in metrics.items():
             self.events.add_scalar(name, value, step)
+
+    def warn(self, step: int, warnings: Mapping[str, str]) -> None:
+        """Say each warning, a sentence by name, when it begins; again where it had gone in between."""
+        for name in sorted(set(warnings) - self.warned):
+            print(f"step {step}  warning, {name}: {warnings[name]}", file=sys.stderr, flush=True)
+        self.warned = set(warnings)
 
     def rest(self) -> None:
         """Leave the time since the last line out of the next line's times (something else was done)."""

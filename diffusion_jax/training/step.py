@@ -87,9 +87,11 @@ class Trainer:
         params = state.params[player.name]
         change, opt_state = self.optimizer.update(gradient, state.opt_state[player.name], params)
         params = optax.apply_updates(params, jax.tree.map(lambda c: player.rate * c, change))
+        params = player.project(params) if player.project else params
+        params = player.settle(params, aux.extra) if player.settle else params
         new = replace(
             state,
-            params=state.params | {player.name: player.project(params) if player.project else params},
+            params=state.params | {player.name: params},
             opt_state=state.opt_state | {player.name: opt_state},
             extra=aux.extra,
         )

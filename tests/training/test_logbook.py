@@ -72,3 +72,19 @@ def test_seconds_are_unknown_where_a_run_did_not_keep_them(tmp_path, clock):
     assert [row["step"] for row in rows_of(tmp_path)] == [10, 20]
     assert rows_of(tmp_path)[-1]["seconds"] is None
     assert math.isnan(logbook.seconds_until(tmp_path / "metrics.jsonl", 20))
+
+
+def test_a_warning_is_told_once_while_it_lasts(tmp_path, capsys):
+    with logbook.Logbook(tmp_path, start=0, total=50, batch_size=2) as book:
+        for step, warnings in (
+            (10, {}),
+            (20, {"collapse": "few"}),
+            (30, {"collapse": "fewer"}),
+            (40, {}),
+            (50, {"collapse": "few"}),
+        ):
+            book.warn(step, warnings)
+    assert capsys.readouterr().err.splitlines() == [
+        "step 20  warning, collapse: few",
+        "step 50  warning, collapse: few",
+    ]

@@ -1,7 +1,7 @@
 """Measure on the devices that are here. Nothing is written but the trace that --profile asks for.
 
 --what=run      compilation, training and sampling of a config: --config or --workdir
---what=flops    parameters and multiply-adds of a network, or of a GAN's two; nothing is computed: --network
+--what=flops    parameters and multiply-adds of a network, a GAN's two or a tokenizer; nothing is computed: --network
 --what=denoise  one forward pass of a network, as a sampler calls it: --network --batch
 --what=train    one training step of the diffusion family with a network: --network --batch
 
@@ -88,9 +88,17 @@ def measure(values: flags.FlagValues) -> dict[str, Any]:
         from diffusion_jax.cli.bench import config
 
         return config.measure(values)
-    from diffusion_jax.cli.bench import network, opponents
+    from diffusion_jax.cli.bench import network, opponents, tokenizers, transformers
 
     images = (values.image_size, values.channels, values.num_classes)
+    if transformers.known(values.network):
+        rule = f"is a network over tokens; --what={values.what} takes a denoising network"
+        require(values.what == "flops", "--network", values.network, rule)
+        return transformers.flops(values.network, *images)
+    if tokenizers.known(values.network):
+        rule = f"is a tokenizer or its judge; --what={values.what} takes a denoising network"
+        require(values.what == "flops", "--network", values.network, rule)
+        return tokenizers.flops(values.network, *images)
     if opponents.known(values.network):
         rule = f"is a generator and a discriminator; --what={values.what} takes a denoising network"
         require(values.what == "flops", "--network", values.network, rule)
