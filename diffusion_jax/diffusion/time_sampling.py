@@ -65,21 +65,32 @@ def _within(schedule: Schedule, t: Array) -> Array:
 
 
 class Quantiles(Protocol):
-    """How quantiles are drawn. `history` is what a way remembers of past losses; it changes without gradient."""
+    """How quantiles are drawn. `history` is what a way remembers of past losses; it changes without gradient.
+
+    A batch may come in parts, in any order, and is drawn as it would be in one: see `begun`.
+    """
 
     def init(self) -> Tree:
         """The history before the first step; () where there is none."""
         ...
 
+    def begun(self, history: Tree, step: Array) -> Tree:
+        """The history as all of `step` i32[] draws from it. Only the first call in a step changes it."""
+        ...
+
     def draw(self, history: Tree, key: Array, index: Array) -> tuple[Array, Array]:
         """Quantiles u f32[B] in [0, 1) and weights f32[B], whose mean is 1, to multiply the losses with.
 
-        `key` is the step's, `index` i32[B] the places in the batch. E weight f(u) is the integral of f over [0, 1].
+        `history` has `begun`; `key` is the step's, `index` i32[B] the places in the batch. E weight f(u) is the
+        integral of f over [0, 1].
         """
         ...
 
-    def update(self, history: Tree, u: Array, losses: Array) -> Tree:
-        """The history after the losses f32[B] (without the weights of `draw`) at the quantiles u f32[B]."""
+    def update(self, history: Tree, index: Array, u: Array, losses: Array) -> Tree:
+        """The history after the losses f32[B] (without the weights of `draw`) at the quantiles u f32[B].
+
+        What is drawn from stays as it is until the next step has begun.
+        """
         ...
 
 
@@ -107,7 +118,10 @@ class _WithoutHistory:
     def init(self) -> Tree:
         return ()
 
-    def update(self, history: Tree, u: Array, losses: Array) -> Tree:
+    def begun(self, history: Tree, step: Array) -> Tree:
+        return history
+
+    def update(self, history: Tree, index: Array, u: Array, losses: Array) -> Tree:
         return history
 
 
@@ -151,19 +165,30 @@ class Importance:
             )
 
     def init(self) -> Tree:
-        """`losses` f32[bins, memory], the oldest overwritten first; `count` i32[bins] of all losses there ever were."""
-        return {"losses": jnp.zeros((self.bins, self.memory)), "count": jnp.zeros((self.bins,), jnp.int32)}
+        """The last losses of each bin, and what the present step draws from.
+
+        `losses` f32[bins, memory], the last one first, and of which `step` and `index` (place in the batch) each is,
+        i32[bins, memory], -1 where there is none yet; `density` f32[bins], as it was when the step `now` i32[] began.
+        """
+        none = jnp.full((self.bins, self.memory), -1, jnp.int32)
+        losses = jnp.zeros((self.bins, self.memory))
+        return {"losses": losses, "step": none, "index": none, "density": jnp.ones(self.bins), "now": jnp.int32(-1)}
+
+    def begun(self, history: Tree, step: Array) -> Tree:
+        """With the density of all losses before `step`."""
+        density = jnp.where(history["now"] == step, history["density"], self.density(history))
+        return history | {"density": density, "now": step}
 
     def density(self, history: Tree) -> Array:
-        """p f32[bins], of mean 1: the density of u in each bin."""
+        """p f32[bins], of mean 1: the density of u in each bin, after all losses so far."""
         size = jnp.sqrt(jnp.mean(jnp.square(history["losses"]), axis=1))
-        known = jnp.all(history["count"] >= self.memory) & (jnp.sum(size) > 0.0)
+        known = jnp.all(history["step"] >= 0) & (jnp.sum(size) > 0.0)
         learned = size / jnp.where(known, jnp.mean(size), 1.0)
         return jnp.where(known, self.uniform + (1.0 - self.uniform) * learned, 1.0)
 
     def draw(self, history: Tree, key: Array, index: Array) -> tuple[Array, Array]:
-        """The inverse distribution of `density` at stratified quantiles."""
-        p = self.density(history)
+        """The inverse distribution of the step's density at stratified quantiles."""
+        p = history["density"]
         ends = jnp.concatenate([jnp.zeros(1), jnp.cumsum(p)]) / jnp.sum(p)
         quantile = stratified(key, index)
         bin = jnp.clip(jnp.searchsorted(ends, quantile, side="right") - 1, 0, self.bins - 1)
@@ -171,15 +196,16 @@ class Importance:
         u = (bin.astype(jnp.float32) + jnp.clip(within, 0.0, 1.0)) / self.bins
         return jnp.minimum(u, 1.0 - 2.0**-24), 1.0 / p[bin]  # below 1, whatever was rounded
 
-    def update(self, history: Tree, u: Array, losses: Array) -> Tree:
-        """Each loss takes the place of its bin's oldest one; of more than `memory` in a bin the last ones stay."""
+    def update(self, history: Tree, index: Array, u: Array, losses: Array) -> Tree:
+        """Of old losses and new ones each bin keeps the last, by step and place in the batch, not by arrival."""
         bin = jnp.clip((u * self.bins).astype(jnp.int32), 0, self.bins - 1)
-        here = bin[:, None] == jnp.arange(self.bins)[None]  # [B, bins]
-        arrived = jnp.sum(here, axis=0, dtype=jnp.int32)
-        rank = jnp.take_along_axis(jnp.cumsum(here, axis=0, dtype=jnp.int32), bin[:, None], axis=1)[:, 0] - 1
-        place = jnp.where(rank >= arrived[bin] - self.memory, (history["count"][bin] + rank) % self.memory, self.memory)
-        kept = history["losses"].at[bin, place].set(jax.lax.stop_gradient(losses), mode="drop")
-        return {"losses": kept, "count": history["count"] + arrived}
+        new = {"losses": jax.lax.stop_gradient(losses), "step": jnp.full_like(index, history["now"]), "index": index}
+        every = {name: jnp.concatenate([history[name].reshape(-1), new[name]]) for name in new}
+        bins = jnp.concatenate([jnp.repeat(jnp.arange(self.bins), self.memory), bin])
+        order = jnp.lexsort((-every["index"], -every["step"], bins))  # by bin; in each the last one first
+        first = jnp.searchsorted(bins[order], jnp.arange(self.bins))  # each has `memory` old ones at least
+        last = order[first[:, None] + jnp.arange(self.memory)[None]]
+        return history | {name: row[last] for name, row in every.items()}
 
 
 QUANTILES = {"independent": Independent, "stratified": Stratified, "importance": Importance}

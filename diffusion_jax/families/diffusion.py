@@ -275,14 +275,16 @@ class Model:
 
     def loss(self, params: Weights, ctx: Context) -> tuple[Array, Aux]:
         """The objective, averaged over the batch; the quantiles learn where it is large."""
-        u, weights, losses, t = self.losses(params, ctx)
-        history = self.quantiles.update(ctx.extra["quantiles"], u, losses)
+        history = self.quantiles.begun(ctx.extra["quantiles"], ctx.step)
+        u, weights, losses, t = self.losses(params, ctx, history)
+        history = self.quantiles.update(history, ctx.batch["index"], u, losses)
         loss = jnp.mean(weights * self.balanced(params, losses, t))
         return loss, Aux(metrics={}, extra=ctx.extra | {"quantiles": history})
 
     def schedule_loss(self, params: Weights, ctx: Context) -> tuple[Array, Aux]:
         """E loss^2, which a learned schedule lowers by making the loss alike at all times (Kingma et al. 2021)."""
-        _, weights, losses, _ = self.losses(params, ctx)
+        history = self.quantiles.begun(ctx.extra["quantiles"], ctx.step)
+        _, weights, losses, _ = self.losses(params, ctx, history)
         return jnp.mean(weights * jnp.square(losses)), Aux(metrics={}, extra=ctx.extra)
 
     def balanced(self, params: Weights, losses: Array, t: Array) -> Array:
@@ -296,10 +298,13 @@ class Model:
         v = self.network.log_variance(params["denoiser"], self.prediction(params).schedule.label(t))
         return losses * jnp.exp(-v) + v
 
-    def losses(self, params: Weights, ctx: Context) -> tuple[Array, Array, Array, Array]:
-        """Quantiles, weights, losses, times, f32[B] each; some labels are hidden, so that guidance can be learned."""
+    def losses(self, params: Weights, ctx: Context, history: Tree) -> tuple[Array, Array, Array, Array]:
+        """Quantiles, weights, losses, times, f32[B] each, `history` being that of the quantiles.
+
+        Some labels are hidden, so that guidance can be learned.
+        """
         index, prediction = ctx.batch["index"], self.prediction(params)
-        u, weights = self.quantiles.draw(ctx.extra["quantiles"], rng.stream(ctx.key, "time"), index)
+        u, weights = self.quantiles.draw(history, rng.stream(ctx.key, "time"), index)
         keys = rng.example_keys(ctx.key, index)
         label = self.hide_labels(ctx.batch, rng.fold(keys, 0))
 

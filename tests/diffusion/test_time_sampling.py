@@ -115,12 +115,14 @@ def filled(importance, losses, batch=64):
     """The history after the losses (a function of u) of many batches, drawn as they come."""
 
     @jax.jit
-    def step(history, key):
+    def step(history, at):
+        number, key = at
+        history = importance.begun(history, number)
         u, _ = importance.draw(history, key, jnp.arange(batch))
-        return importance.update(history, u, losses(u)), None
+        return importance.update(history, jnp.arange(batch), u, losses(u)), None
 
-    keys = jax.random.split(jax.random.key(1), 40)
-    return jax.lax.scan(step, importance.init(), keys)[0]
+    steps = jnp.arange(40), jax.random.split(jax.random.key(1), 40)
+    return importance.begun(jax.lax.scan(step, importance.init(), steps)[0], jnp.int32(40))
 
 
 @pytest.mark.parametrize("name", QUANTILES)
@@ -140,8 +142,9 @@ def test_weighted_quantiles_integrate_without_bias(name):
 @pytest.mark.parametrize("name", QUANTILES)
 def test_a_way_without_history_leaves_it_alone(name):
     way = plugs.build("quantiles", name, QUANTILES)
-    u, _ = way.draw(way.init(), jax.random.key(0), jnp.arange(8))
-    after = way.update(way.init(), u, jnp.ones(8))
+    history = way.begun(way.init(), jnp.int32(0))
+    u, _ = way.draw(history, jax.random.key(0), jnp.arange(8))
+    after = way.update(history, jnp.arange(8), u, jnp.ones(8))
     assert jax.tree.structure(after) == jax.tree.structure(way.init())
     if name != "importance":
         assert after == way.init() == ()
@@ -151,12 +154,15 @@ def test_importance_is_uniform_until_every_bin_has_its_losses():
     """Nichol & Dhariwal 2021, section 3.3: "until we draw 10 samples for every t"."""
     importance = Importance(bins=4, memory=3)
     history, centres = importance.init(), (jnp.arange(4.0) + 0.5) / 4
-    for _ in range(2):
-        history = importance.update(history, centres, jnp.array([1.0, 2.0, 3.0, 4.0]))
+    for step in range(2):
+        history = importance.begun(history, jnp.int32(step))
+        history = importance.update(history, jnp.arange(4), centres, jnp.array([1.0, 2.0, 3.0, 4.0]))
     np.testing.assert_array_equal(importance.density(history), np.ones(4))
-    history = importance.update(history, centres[:3], jnp.array([1.0, 2.0, 3.0]))
+    history = importance.begun(history, jnp.int32(2))
+    history = importance.update(history, jnp.arange(3), centres[:3], jnp.array([1.0, 2.0, 3.0]))
     np.testing.assert_array_equal(importance.density(history), np.ones(4))
-    history = importance.update(history, centres[3:], jnp.array([4.0]))
+    history = importance.begun(history, jnp.int32(3))
+    history = importance.update(history, jnp.arange(1), centres[3:], jnp.array([4.0]))
     np.testing.assert_allclose(importance.density(history), 0.001 + 0.999 * np.array([0.4, 0.8, 1.2, 1.6]), rtol=1e-6)
 
 
@@ -178,14 +184,36 @@ def test_importance_remembers_the_last_losses_of_each_bin():
     importance, generator = Importance(bins=3, memory=4), np.random.default_rng(0)
     history, lists = importance.init(), [[], [], []]
     update = jax.jit(importance.update)
-    for _ in range(7):
+    for step in range(7):
         u, losses = generator.uniform(size=13).astype(np.float32), generator.normal(size=13).astype(np.float32)
-        history = update(history, jnp.asarray(u), jnp.asarray(losses))
+        history = importance.begun(history, jnp.int32(step))
+        history = update(history, jnp.arange(13), jnp.asarray(u), jnp.asarray(losses))
         for place, loss in zip((u * 3).astype(int), losses, strict=True):
             lists[place].append(loss)
     for b in range(3):
-        assert sorted(np.asarray(history["losses"])[b].tolist()) == sorted(float(loss) for loss in lists[b][-4:])
-        assert int(history["count"][b]) == len(lists[b])
+        assert np.asarray(history["losses"])[b].tolist() == [float(loss) for loss in lists[b][: -4 - 1 : -1]]
+
+
+def test_importance_draws_and_remembers_alike_in_one_batch_and_in_parts():
+    """Interleaved parts, the last of them first: the same quantiles, and bit by bit the same memory."""
+    importance, index = Importance(bins=5, memory=3), jnp.arange(24)
+    losses = lambda u, step: jnp.exp(3.0 * u) + step
+
+    def run(parts):
+        history, drawn = importance.init(), []
+        for step in range(5):
+            drawn.append(np.zeros(24))
+            for part in parts:
+                history = importance.begun(history, jnp.int32(step))
+                u, _ = importance.draw(history, jax.random.key(step), index[part])
+                history = importance.update(history, index[part], u, losses(u, jnp.float32(step)))
+                drawn[step][part] = u
+        return history, drawn
+
+    (whole, drawn), (parts, again) = run([slice(None)]), run([slice(part, None, 4) for part in (3, 1, 0, 2)])
+    assert not np.allclose(whole["density"], 1.0)
+    np.testing.assert_array_equal(again, drawn)
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
 
 
 def test_importance_lowers_the_variance():
@@ -202,7 +230,7 @@ def test_importance_lowers_the_variance():
 def test_no_gradient_passes_into_the_history():
     importance = Importance(bins=2)
     u = jnp.array([0.2, 0.7])
-    total = lambda scale: jnp.sum(importance.update(importance.init(), u, scale * jnp.ones(2))["losses"])
+    total = lambda scale: jnp.sum(importance.update(importance.init(), jnp.arange(2), u, scale * jnp.ones(2))["losses"])
     assert float(total(2.0)) == 4.0
     assert float(jax.grad(total)(2.0)) == 0.0
 

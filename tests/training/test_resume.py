@@ -1,5 +1,6 @@
 """Real processes and real signals: what is killed at any moment ends, once resumed, bit by bit where it would have."""
 
+import functools
 import json
 import os
 import signal
@@ -13,36 +14,32 @@ import numpy as np
 import pytest
 
 from diffusion_jax.cli.workdir import open_run
+from diffusion_jax.families import FAMILIES
 from diffusion_jax.training import sharding
 from diffusion_jax.training.checkpoint import Checkpoints, abstract_like
+from tests.training import small
 
-STEPS = 240
-COMMAND = [
-    sys.executable,
-    "-m",
-    "diffusion_jax",
-    "train",
-    "--config=configs/digits.py:diffusion",
-    "--config.family.network=dit(patch=4,width=32,depth=1,heads=2)",
-    f"--config.train.steps={STEPS}",
-    "--config.train.batch_size=16",
-    "--config.train.log_every=5",
-    "--config.checkpoint.every=3",
-    "--config.sample.steps=2",
-    "--config.evaluate.num_samples=50",
-    "--config.evaluate.bootstrap=10",
-]
+CONFIG = "tests/training/small.py"
 ROOT = Path(__file__).parents[2]
 
 
-def start(workdir):
+def command(family):
+    return [sys.executable, "-m", "diffusion_jax", "train", f"--config={CONFIG}:{family}"]
+
+
+def steps(family):
+    """How many a run has."""
+    return small.get_config(family).train.steps
+
+
+def start(workdir, family="diffusion"):
     environment = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "xla")}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*COMMAND, f"--workdir={workdir}"], cwd=ROOT, env=environment, **pipe)
+    return subprocess.Popen([*command(family), f"--workdir={workdir}"], cwd=ROOT, env=environment, **pipe)
 
 
-def finish(workdir):
-    process = start(workdir)
+def finish(workdir, family="diffusion"):
+    process = start(workdir, family)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out
@@ -74,43 +71,85 @@ def final_state(workdir):
 
 @pytest.fixture(scope="module")
 def never_interrupted(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    finish(workdir)
-    return workdir, final_state(workdir)
+    """family -> (workdir, state at the end) of a run that nothing disturbed."""
+
+    @functools.cache
+    def run(family):
+        workdir = tmp_path_factory.mktemp("whole") / "run"
+        finish(workdir, family)
+        return workdir, final_state(workdir)
+
+    return run
 
 
-def check_same(workdir, never_interrupted):
-    reference_dir, reference = never_interrupted
+def check_same(workdir, family, never_interrupted):
+    reference_dir, reference = never_interrupted(family)
     state = final_state(workdir)
-    assert int(state.step) == STEPS
+    assert int(state.step) == steps(family)
     jax.tree.map(np.testing.assert_array_equal, state, reference)
     rows, expected = (
         [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         for directory in (workdir, reference_dir)
     )
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
-    assert rows[-1]["loss"] == expected[-1]["loss"]
+    losses, wanted = ({key: row[key] for key in row if key.endswith("loss")} for row in (rows[-1], expected[-1]))
+    assert losses == wanted
+    assert losses
+
+
+def kill(process, workdir):
+    """SIGKILL; what was whole stays."""
+    kept = max(saved_steps(workdir))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert max(saved_steps(workdir)) >= kept
+
+
+def saving(workdir):
+    """Whether a checkpoint is being written, by the names on disk."""
+    return bool(list((workdir / "checkpoints").glob("*tmp*")))
 
 
 def test_killed_again_and_again(tmp_path, never_interrupted):
     """SIGKILL with checkpoints every 3 steps: in the middle of a save, right after one, and a while later."""
     workdir = tmp_path / "run"
-    saving = lambda: list((workdir / "checkpoints").glob("*tmp*"))
     for number, moment in enumerate(("while saving", "after a save", "while saving", "later")):
         process = start(workdir)
         before = max(saved_steps(workdir), default=0)
         wait_for(lambda: max(saved_steps(workdir), default=0) > before + 9 * number, process)  # noqa: B023
         if moment == "while saving":
-            wait_for(saving, process)
+            wait_for(lambda: saving(workdir), process)
         if moment == "later":
             time.sleep(0.3)
-        kept = max(saved_steps(workdir))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        process.communicate()
-        assert max(saved_steps(workdir)) >= kept
+        kill(process, workdir)
     finish(workdir)
-    check_same(workdir, never_interrupted)
+    check_same(workdir, "diffusion", never_interrupted)
+
+
+def test_every_family_is_small_here():
+    assert set(small.SMALL) == set(FAMILIES)
+
+
+OTHERS = [
+    pytest.param(family, marks=[] if family == "vae" else pytest.mark.slow)
+    for family in small.SMALL
+    if family != "diffusion"
+]
+"""By default the one that compiles fastest."""
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_killed_while_saving(tmp_path, never_interrupted, family):
+    """Once, which is what a family can spoil: something that changes and is not in the checkpoint."""
+    workdir = tmp_path / "run"
+    process = start(workdir, family)
+    wait_for(lambda: max(saved_steps(workdir), default=0) > 9, process)
+    wait_for(lambda: saving(workdir), process)
+    kill(process, workdir)
+    assert max(saved_steps(workdir)) < steps(family)
+    finish(workdir, family)
+    check_same(workdir, family, never_interrupted)
 
 
 def test_asked_to_leave(tmp_path, never_interrupted):
@@ -123,12 +162,12 @@ def test_asked_to_leave(tmp_path, never_interrupted):
     assert process.returncode == 0, err
     last = max(saved_steps(workdir))
     assert f"saved at step {last}" in out
-    assert "diffusion-jax train --config=configs/digits.py:diffusion" in out
-    assert last < STEPS
+    assert f"diffusion-jax train --config={CONFIG}:diffusion" in out
+    assert last < steps("diffusion")
     assert not (workdir / "evaluation.json").exists()
     finish(workdir)
     assert (workdir / "evaluation.json").exists()
-    check_same(workdir, never_interrupted)
+    check_same(workdir, "diffusion", never_interrupted)
 
 
 def test_a_contradicting_config_is_refused_and_override_keeps_the_old_one(tmp_path):
@@ -139,7 +178,7 @@ def test_a_contradicting_config_is_refused_and_override_keeps_the_old_one(tmp_pa
     process.communicate(timeout=120)
     saved = (workdir / "config.json").read_bytes()
 
-    changed = [*COMMAND, f"--workdir={workdir}", "--config.train.learning_rate=0.5"]
+    changed = [*command("diffusion"), f"--workdir={workdir}", "--config.train.learning_rate=0.5"]
     refused = subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2
     assert "train.learning_rate is 0.5, was" in refused.stderr
