@@ -57,7 +57,8 @@ def gan(config: ConfigDict) -> None:
 
     The discriminator has no norm, Adam no momentum, and samples come from averaged weights.
 
-    Cost and score at this length are not measured yet.
+    Cost: 10,000 steps, 374 seconds on two CPU cores beside other work. Score, of one seed: Fréchet distance 1.48 times
+    the real floor, precision 0.91, recall 0.85, 98.6 % recognised (see README).
     """
     config.family.generator = "resnet(width=32,multipliers=(2,),latent=32,embedding=32)"
     config.family.discriminator = "resnet(width=32,multipliers=(2,),blocks=1)"
@@ -77,7 +78,8 @@ def vae(config: ConfigDict) -> None:
 
     Samples are drawn from a mixture of discretised logistics a pixel, not its mean: a mean is smoother than any digit.
 
-    Cost and score at this length are not measured yet.
+    Cost: 3,000 steps, 266 seconds on two CPU cores beside other work. Score, of one seed: Fréchet distance 1.65 times
+    the real floor, precision 0.90, recall 0.83, 97.1 % recognised (see README). It overfits: see there.
     """
     config.family.network = "ladder(channels=32,multipliers=(1,2,2),levels=(1,1,1),latents=4)"
     config.train.steps = 3000
