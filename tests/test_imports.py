@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "diffusion_jax"
-FOUNDATION = ("errors", "types", "files", "plugs", "rng", "tree", "settings")
+FOUNDATION = ("errors", "types", "files", "plugs", "rng", "tree", "settings", "grey")
 ROOMS = {
     "networks": FOUNDATION,
     "diffusion": FOUNDATION,

@@ -28,7 +28,10 @@ class Control(NamedTuple):
 
     @property
     def overfitting(self) -> Array:
-        """r_t = E sign D(T(x)) over real images (Karras et al. 2020, eq. 1); 0 before there are any."""
+        """r_t = E sign D(T(x)) over real images (Karras et al. 2020, eq. 1); 0 before there are any.
+
+        D stands for the loss's `margin`, which is the logit where 0 is the border between real and generated.
+        """
         return self.signs / jnp.maximum(self.images, 1.0)
 
 
@@ -51,9 +54,9 @@ def begin(augmentation: Augmentation) -> Control:
     return Control(p=jnp.float32(augmentation.start), signs=jnp.float32(0.0), images=jnp.float32(0.0))
 
 
-def observe(control: Control, logits: Array) -> Control:
-    """Count logits f32[n] of real images in."""
-    return control._replace(signs=control.signs + jnp.sum(jnp.sign(logits)), images=control.images + len(logits))
+def observe(control: Control, margin: Array) -> Control:
+    """Count margins f32[n] of real images in."""
+    return control._replace(signs=control.signs + jnp.sum(jnp.sign(margin)), images=control.images + len(margin))
 
 
 Change = Callable[[Array, Array], Array]

@@ -13,11 +13,16 @@ from diffusion_jax.types import Array
 
 
 class Loss(Protocol):
-    """Losses f32[n] of the two players from logits f32[n] of real and of generated images."""
+    """Losses f32[n] of the two players from logits f32[n] of real and of generated images.
+
+    `margin` f32[n] is positive where the discriminator takes the real image for a real one.
+    """
 
     def discriminator(self, real: Array, fake: Array) -> Array: ...  # noqa: D102
 
     def generator(self, real: Array, fake: Array) -> Array: ...  # noqa: D102
+
+    def margin(self, real: Array, fake: Array) -> Array: ...  # noqa: D102
 
 
 class NonSaturating:
@@ -32,6 +37,9 @@ class NonSaturating:
     def generator(self, real: Array, fake: Array) -> Array:  # noqa: D102
         return jax.nn.softplus(-fake)
 
+    def margin(self, real: Array, fake: Array) -> Array:  # noqa: D102
+        return real
+
 
 class Hinge:
     """l_D = max(0, 1 - real) + max(0, 1 + fake), l_G = -fake (Lim & Ye 2017; Miyato et al. 2018, eq. 16 and 17)."""
@@ -41,6 +49,9 @@ class Hinge:
 
     def generator(self, real: Array, fake: Array) -> Array:  # noqa: D102
         return -fake
+
+    def margin(self, real: Array, fake: Array) -> Array:  # noqa: D102
+        return real
 
 
 class LeastSquares:
@@ -52,11 +63,14 @@ class LeastSquares:
     def generator(self, real: Array, fake: Array) -> Array:  # noqa: D102
         return 0.5 * (fake - 1.0) ** 2
 
+    def margin(self, real: Array, fake: Array) -> Array:  # noqa: D102
+        return real - 0.5
+
 
 class Wasserstein:
     """l_D = fake - real, l_G = -fake (Arjovsky et al. 2017, eq. 3), for a discriminator that is held 1-Lipschitz.
 
-    What holds it is for others to say: `gradient_penalty`, or spectral normalisation.
+    What holds it is for others to say: `gradient_penalty`, or spectral normalisation. The logits' zero means nothing.
     """
 
     def discriminator(self, real: Array, fake: Array) -> Array:  # noqa: D102
@@ -64,6 +78,9 @@ class Wasserstein:
 
     def generator(self, real: Array, fake: Array) -> Array:  # noqa: D102
         return -fake
+
+    def margin(self, real: Array, fake: Array) -> Array:  # noqa: D102
+        return real - fake
 
 
 class Relativistic:
@@ -78,6 +95,9 @@ class Relativistic:
 
     def generator(self, real: Array, fake: Array) -> Array:  # noqa: D102
         return jax.nn.softplus(real - fake)
+
+    def margin(self, real: Array, fake: Array) -> Array:  # noqa: D102
+        return real - fake
 
 
 LOSSES = {

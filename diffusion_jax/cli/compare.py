@@ -20,11 +20,11 @@ from absl import flags
 
 from diffusion_jax import files
 from diffusion_jax.cli import arguments
-from diffusion_jax.errors import require
+from diffusion_jax.errors import UserError, require
 
 if TYPE_CHECKING:
     from diffusion_jax.cli.run import Run
-    from diffusion_jax.types import Weights
+    from diffusion_jax.types import Tree, Weights
 
 SHOWN = 50
 """Images of each run in samples.png."""
@@ -65,14 +65,17 @@ def main(argv: Sequence[str]) -> None:
     check(values)
 
     from diffusion_jax.cli import runtime
+    from diffusion_jax.cli.workdir import open_run
     from diffusion_jax.evaluation import comparison
 
     subjects = {name: read(workdir) for name, workdir in named(values.workdirs).items()}
     comparison.check({name: comparison.conditions(s.config, s.evaluation) for name, s in subjects.items()})
-    walks = any("steps" in s.config["sample"] for s in subjects.values())
-    require(walks or not values.steps, "--steps", ",".join(values.steps), "none of these runs samples in steps")
     runtime.prepare()
-    found = {name: measure(name, s, values.likelihood, values.steps) for name, s in subjects.items()}
+    opened = {name: open_run(subject.workdir) for name, subject in subjects.items()}
+    sweeps = {name: in_steps(name, run, values.steps) for name, run in opened.items()}
+    rule = "none of these runs samples in a number of steps that one may choose"
+    require(not values.steps or any(sweeps.values()), "--steps", ",".join(values.steps), rule)
+    found = {name: measure(name, s, opened[name], values.likelihood, sweeps[name]) for name, s in subjects.items()}
 
     out, records = Path(values.out), [f.record for f in found.values()]
     sweep = [row for f in found.values() for row in f.sweep]
@@ -139,13 +142,27 @@ class Found:
     images: Any
 
 
-def measure(name: str, subject: Subject, likelihood: int, steps: Sequence[str]) -> Found:
-    """Open a run and measure what its evaluation does not say."""
-    from diffusion_jax.cli.workdir import load_weights, open_run
+def in_steps(name: str, run: "Run", steps: Sequence[str]) -> dict[int, "Tree"]:
+    """Options of sampling in each of these numbers of steps; none for a run whose config chooses no number.
+
+    Raises:
+      UserError: where the run cannot sample in one of them.
+    """
+    sampling = run.settings.sampling
+    if not sampling.get("steps"):
+        return {}
+    try:
+        return {int(count): run.family.sampling({**sampling, "steps": int(count)}) for count in steps}
+    except UserError as error:
+        raise UserError(f"--steps={','.join(steps)}: {name} cannot: {error}") from None
+
+
+def measure(name: str, subject: Subject, run: "Run", likelihood: int, sweep: Mapping[int, "Tree"]) -> Found:
+    """Measure what a run's evaluation does not say."""
+    from diffusion_jax.cli.workdir import load_weights
     from diffusion_jax.evaluation import comparison
 
     print(f"measuring {name}", file=sys.stderr)
-    run = open_run(subject.workdir)
     evaluation = subject.evaluation
     weights, _ = load_weights(run, subject.workdir, evaluation["ema"], evaluation["step"])
     bits = run.likelihood(weights, likelihood) if likelihood and run.family.nll else None
@@ -153,15 +170,13 @@ def measure(name: str, subject: Subject, likelihood: int, steps: Sequence[str]) 
     record = comparison.record(name, run.family.name, evaluation, bits, family.get("likelihood", ""))
     rows = run.sampler.labels(SHOWN)
     images = run.sampler.draw(weights, 0, rows, SHOWN, run.options)
-    walks = steps if "steps" in subject.config["sample"] else ()
-    sweep = [{"run": name, "steps": int(n)} | at_steps(run, weights, subject, int(n)) for n in walks]
-    return Found(record=record, sweep=sweep, images=images)
+    count = evaluation["num_samples"]
+    rows = [{"run": name, "steps": n} | judged_with(run, weights, count, options) for n, options in sweep.items()]
+    return Found(record=record, sweep=rows, images=images)
 
 
-def at_steps(run: "Run", weights: "Weights", subject: Subject, steps: int) -> dict[str, Any]:
-    """The Fréchet distance and the cost of as many samples as were judged, made in `steps` steps."""
-    options = run.family.sampling({**run.settings.sampling, "steps": steps})
-    count = subject.evaluation["num_samples"]
+def judged_with(run: "Run", weights: "Weights", count: int, options: "Tree") -> dict[str, Any]:
+    """The Fréchet distance and the cost of `count` samples with these options."""
     rows = run.sampler.labels(count)
     images = run.sampler.draw(weights, run.settings.seed, rows, count, options)
     metric = run.judge_samples(images, rows.get("label"))["metrics"]["frechet"]

@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
     runtime.prepare()
     judged = open_run(workdir)
+    judged.check_measurable(values.likelihood, values.reconstructions)
     if values.samples:
         images, labels = drawing.read("samples", Path(values.samples))
         result = {"samples": values.samples} | judged.judge_samples(images, labels)

@@ -147,14 +147,17 @@ class Run(Model):
         flops = cost.sampling_flops(self.family, self.spec, weights, options, size, asked)
         return {"evaluations": asked, "flops": flops, "batch_size": size}
 
-    def likelihood(self, weights: Weights, count: int) -> dict[str, Any]:
-        """Bits per dimension of `count` held-out images (all, where there are no more).
+    def check_measurable(self, likelihood: int, reconstructions: int) -> None:
+        """Raise `UserError` where images are asked for that the family cannot rate, or cannot encode."""
+        name = self.family.name
+        require(not likelihood or self.family.nll is not None, "--likelihood", likelihood, f"{name} has no likelihood")
+        if reconstructions:
+            latents.latent_of(self.family, "--reconstructions", reconstructions, encodes=True)
+            rule = f"{name} encodes by its solver; `diffusion-jax edit --edit=reconstruct` does that"
+            require(self.family.denoise is None, "--reconstructions", reconstructions, rule)
 
-        Raises:
-          UserError: where the family has no likelihood.
-        """
-        if self.family.nll is None:
-            raise UserError(f"--likelihood={count}: the family {self.family.name} has no likelihood.")
+    def likelihood(self, weights: Weights, count: int) -> dict[str, Any]:
+        """Bits per dimension of `count` held-out images (all, where there are no more)."""
         rows = self.held_out(count)
         act = lambda weights, keys, rows, key: self.family.nll(weights, rows, key)
         measure = Sampler(act, self.spec, self.mesh, self.settings.sample.batch_size)
@@ -163,16 +166,9 @@ class Run(Model):
         return likelihood.summarise(bits) | {"dequantised": self.family.dequantised}
 
     def reconstruction(self, weights: Weights, count: int) -> dict[str, Any]:
-        """How near `count` held-out images come to themselves, to the latent and back: see `reconstruction.judge`.
-
-        Raises:
-          UserError: where the family has no encoder.
-        """
-        latent = latents.latent_of(self.family, "--reconstructions", count, encodes=True)
-        rule = f"the family {self.family.name} encodes by its solver; `diffusion-jax edit --edit=reconstruct` does that"
-        require(self.family.denoise is None, "--reconstructions", count, rule)
+        """How near `count` held-out images come to themselves, to the latent and back: see `reconstruction.judge`."""
         rows = self.held_out(count)
-        act = functools.partial(latents.reconstruct, latent)
+        act = functools.partial(latents.reconstruct, self.family.latent)
         back = Sampler(act, self.spec, self.mesh, self.settings.sample.batch_size)
         made = back.draw(weights, self.settings.seed, rows, len(rows["index"]), self.options)
         return reconstruction.judge(to_uint8(rows["image"], self.spec.levels), made, self.extractor)

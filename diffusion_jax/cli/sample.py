@@ -55,9 +55,10 @@ def follow(drawer: drawing.Drawer, rows: dict[str, np.ndarray], seed: int, count
     """x at every stop of the solver, f32[n,steps + 1,H,W,C] a batch."""
     from diffusion_jax.sampling import Sampler
 
-    model, steps = drawer.model, drawer.about["sample"]["steps"]
+    model = drawer.model
     if model.family.trajectory is None:
-        raise UserError("--trajectory: this family makes an image in one step.")
+        raise UserError(f"--trajectory: the family {model.family.name} does not walk from noise to an image.")
+    steps = drawer.about["sample"]["steps"]
     act = lambda *args: model.family.trajectory(*args, steps)
     sampler = Sampler(act, model.spec, model.mesh, drawer.batch_size)
     return sampler.batches(drawer.weights, seed, rows, count, drawer.options)

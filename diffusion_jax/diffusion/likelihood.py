@@ -21,7 +21,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import rng
+from diffusion_jax import grey, rng
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.schedule import Schedule, first_time, logsnr
 from diffusion_jax.diffusion.straight import Straight
@@ -38,11 +38,6 @@ class Likelihood(Protocol):
         depends on the image and its key alone.
         """
         ...
-
-
-def bits_per_dimension(nats: Array, dimensions: int) -> Array:
-    """Nats an image as bits a dimension."""
-    return nats / (dimensions * math.log(2.0))
 
 
 # ------------------------------------------------------------------------------------------ the flow
@@ -66,18 +61,12 @@ class Flow:
 
     def __call__(self, denoise: Denoiser, schedule: Schedule, x0: Array, keys: Array, levels: int) -> Array:
         """See `Likelihood`."""
-        x = dequantise(x0, rng.fold(keys, 0), levels)
+        x = grey.dequantise(x0, rng.fold(keys, 0), levels)
         probes = rademacher(rng.fold(keys, 1), self.probes, x)
         dimensions = math.prod(x0.shape[1:])
         # P(level) is the density's mean over the level's width.
         nats = -flow_log_density(denoise, schedule, x, probes, jnp.int32(self.steps))
-        return bits_per_dimension(nats - dimensions * math.log(2.0 / (levels - 1)), dimensions)
-
-
-def dequantise(x0: Array, keys: Array, levels: int) -> Array:
-    """x0 + (u - 1/2) 2 / (levels - 1), u uniform in [0, 1): the levels' cells touch and do not overlap."""
-    u = rng.draw(keys, lambda key: jax.random.uniform(key, x0.shape[1:], x0.dtype))
-    return x0 + (u - 0.5) * (2.0 / (levels - 1))
+        return grey.bits_per_dimension(nats - dimensions * math.log(grey.step(levels)), dimensions)
 
 
 def rademacher(keys: Array, probes: int, x: Array) -> Array:
@@ -184,7 +173,7 @@ class Bound:
         noise = rng.normal(rng.fold(keys, 0), x0.shape[1:], x0.dtype)
         nats = prior_loss(schedule, x0) + reconstruction_loss(schedule, x0, noise, levels)
         nats += diffusion_loss(denoise, schedule, x0, rng.fold(keys, 1), jnp.int32(self.draws), levels)
-        return bits_per_dimension(nats, math.prod(x0.shape[1:]))
+        return grey.bits_per_dimension(nats, math.prod(x0.shape[1:]))
 
 
 def prior_loss(schedule: Schedule, x0: Array) -> Array:

@@ -165,9 +165,9 @@ def _notes(records: Sequence[Record], about: Mapping[str, Any]) -> list[str]:
     for record in records:
         if record["bits_per_dimension"] is not None:
             what = "with uniform noise of one grey level" if record["dequantised"] else "discrete, not dequantised"
+            by = f"an upper bound in the mean, by {record['likelihood']}," if record["likelihood"] else "exact,"
             notes.append(
-                f"Bits per dimension of {record['run']}: an upper bound in the mean, by {record['likelihood']}, of "
-                f"{record['bits_images']:,} held-out images, {what}."
+                f"Bits per dimension of {record['run']}: {by} of {record['bits_images']:,} held-out images, {what}."
             )
     return [
         *notes,

@@ -1,4 +1,4 @@
-"""What a model costs: counted from shapes and by running its sampler once, so that no clock is asked.
+"""What a model costs: counted from shapes and by running its sampler once, so that no clock is asked for these.
 
 FLOPs are twice the multiply-adds of products and convolutions, as `networks.flops` counts them.
 """

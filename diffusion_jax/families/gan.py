@@ -11,7 +11,7 @@ Both losses see the same z, so that the compiler runs G once for the two. What T
 generated one beside it, too: a pair differs by what G has done. Penalties are on the slope of D(T(x)) by x.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,8 +46,7 @@ class FamilySettings:
       spectral_norm: whose kernels have spectral norm 1: "none", "discriminator" or "both".
       augmentation: from `adversarial.augment.AUGMENTATIONS`, what the discriminator sees images through; nothing where
         empty.
-      generator_every: updates of the discriminator for one of the generator; `train.steps` counts the former, and a
-        learning-rate schedule counts each player's own.
+      generator_every: updates of the discriminator for one of the generator; `train.steps` counts the former.
       discriminator_rate: the discriminator's learning rate over the generator's (Heusel et al. 2017).
     """
 
@@ -93,15 +92,18 @@ class NoTruncation:
         """Z f32[n,latent] of keys key[n]."""
         return rng.normal(keys, (latent,))
 
-    def style(self, w: Array, mean: Array) -> Array:
-        """Styles w f32[n,...], of mean f32[1,...], as the synthesis is given them."""
+    def style(self, w: Array, mean: Callable[[], Array]) -> Array:
+        """Styles w f32[n,...] as the synthesis is given them; mean() is f32[1,...]."""
         return w
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class NormalTruncation(NoTruncation):
-    """No number of z is beyond `bound`: one that is would be drawn again (Brock et al. 2019, section 3.1)."""
+    """No number of z is beyond `bound`: one that is would be drawn again (Brock et al. 2019, section 3.1).
+
+    A temperature scales z, and with it the bound.
+    """
 
     bound: float = 2.0
 
@@ -125,9 +127,10 @@ class StyleTruncation(NoTruncation):
         if isinstance(self.psi, float) and not -1.0 <= self.psi <= 1.0:
             raise ValueError(f"psi must lie in [-1, 1], not {self.psi}")
 
-    def style(self, w: Array, mean: Array) -> Array:
-        """Styles f32[n,...] from w f32[n,...] and mean f32[1,...]."""
-        return mean + self.psi * (w - mean)
+    def style(self, w: Array, mean: Callable[[], Array]) -> Array:
+        """Styles f32[n,...] from w f32[n,...]; mean() is f32[1,...]."""
+        centre = mean()
+        return centre + self.psi * (w - centre)
 
 
 TRUNCATIONS = {"none": NoTruncation, "normal": NormalTruncation, "style": StyleTruncation}
@@ -154,6 +157,9 @@ def build(settings: FamilySettings, spec: ImageSpec, precision: str) -> Family:
     Raises:
       UserError: for an unknown row or option, or networks that do not fit `spec`.
     """
+    bounded = settings.loss != "wasserstein" or settings.regularisers or settings.spectral_norm != "none"
+    rule = "needs a discriminator that is held back: gradient_penalty, or spectral_norm"
+    require(bool(bounded), "family.loss", settings.loss, rule)
     return Model(
         spec=spec,
         generator=networks.build_generator("family.generator", settings.generator, spec, precision),
@@ -233,7 +239,7 @@ class Model:
             )
             losses, metrics = losses + penalties, metrics | {"penalty": jnp.mean(penalties)}
         if self.augmentation:
-            control = augment.observe(extra["augmentation"], jax.lax.stop_gradient(on_real))
+            control = augment.observe(extra["augmentation"], jax.lax.stop_gradient(self.loss.margin(on_real, on_fake)))
             extra = extra | {"augmentation": control}
             metrics = metrics | {"p": control.p, "r_t": control.overfitting}
         return jnp.mean(losses), Aux(metrics=metrics, extra=extra)
@@ -281,7 +287,7 @@ class Model:
         return self.decode(weights, self.draw(keys, options), keys, condition, options)
 
     def draw(self, keys: Array, options: Options) -> Array:
-        """Z f32[n,latent] of keys key[n]."""
+        """Z f32[n,latent] of keys key[n], times the temperature."""
         return options.temperature * options.truncation.draw(rng.fold(keys, 0), self.generator.latent)
 
     def decode(self, weights: Weights, z: Array, keys: Array, condition: Condition, options: Options) -> Array:
@@ -294,7 +300,9 @@ class Model:
             params = spectral.exactly(params)
         if self.generator.style:
             w = self.generator.style.mapping(params, z, label)
-            images = self.generator.style.synthesis(params, options.truncation.style(w, self.mean_style(params)), noise)
+            images = self.generator.style.synthesis(
+                params, options.truncation.style(w, lambda: self.mean_style(params)), noise
+            )
         else:
             images = self.generator.apply(params, z, label, noise)
         return jnp.clip(images, -1.0, 1.0)
@@ -313,4 +321,7 @@ class Model:
         require(
             bool(possible), "sample.truncation", settings.truncation, "needs a generator with a mapping; try normal"
         )
+        scaled = settings.temperature == 1.0 or not self.generator.style
+        rule = "must be 1 for a generator with a mapping, which brings z to one length; try truncation=style(psi=...)"
+        require(scaled, "sample.temperature", settings.temperature, rule)
         return Options(truncation=truncation, temperature=jnp.float32(settings.temperature))

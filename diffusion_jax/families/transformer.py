@@ -17,8 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import plugs, rng, tokenizers
-from diffusion_jax.diffusion.likelihood import bits_per_dimension
+from diffusion_jax import grey, plugs, rng, tokenizers
 from diffusion_jax.errors import require
 from diffusion_jax.families.transformer_autoregressive import Autoregressive
 from diffusion_jax.families.transformer_draws import Options, Shown
@@ -238,4 +237,4 @@ class Model:
         label = batch["label"] if self.spec.num_classes else None
         tokens = self.encode(batch["image"], rng.example_keys(key, batch["index"]))
         nats = self.decoding.nats(weights["transformer"], tokens, label)
-        return bits_per_dimension(nats, math.prod(self.spec.shape))
+        return grey.bits_per_dimension(nats, math.prod(self.spec.shape))

@@ -22,8 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import plugs, rng
-from diffusion_jax.diffusion.likelihood import bits_per_dimension
+from diffusion_jax import grey, plugs, rng
 from diffusion_jax.errors import require
 from diffusion_jax.networks import vae as networks
 from diffusion_jax.settings import from_section
@@ -221,4 +220,4 @@ class Model:
 
     def bits(self, nats: Array) -> Array:
         """Nats an image as bits a dimension."""
-        return bits_per_dimension(nats, math.prod(self.spec.shape))
+        return grey.bits_per_dimension(nats, math.prod(self.spec.shape))

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax import grey
 from diffusion_jax.tokenizers.base import Tokenizer
 from diffusion_jax.types import Array, ImageSpec, Tree
 
@@ -14,8 +15,7 @@ def build(spec: ImageSpec) -> Tokenizer:
 
     def encode(params: Tree, images: Array, keys: Array) -> Array:
         """The nearest grey level."""
-        level = jnp.round((images + 1.0) * ((spec.levels - 1) / 2))
-        return jnp.clip(level, 0, spec.levels - 1).astype(jnp.int32)
+        return grey.index(images, spec.levels)
 
     def decode(params: Tree, tokens: Array) -> Array:
         return jnp.asarray(greys)[tokens]

@@ -24,7 +24,7 @@ class Trainer:
         self.family = family
         self.train = train
         self.seed = seed
-        self.optimizer = optimizer.build(train)
+        self.optimizers = {player.name: optimizer.build(train, player.every) for player in family.players}
         self.rules = ema.averaging_rules(train)
 
     def init(self) -> TrainState:
@@ -33,7 +33,7 @@ class Trainer:
         return TrainState(
             step=jnp.int32(0),
             params=params,
-            opt_state={player.name: self.optimizer.init(params[player.name]) for player in self.family.players},
+            opt_state={name: it.init(params[name]) for name, it in self.optimizers.items()},
             ema={name: jax.tree.map(jnp.array, params) for name in self.rules},
             extra=extra,
             skipped={"total": jnp.int32(0), "in_a_row": jnp.int32(0)},
@@ -85,7 +85,7 @@ class Trainer:
         loss, aux, gradient = self.gradient(player, state, batch, frozen)
         norm = tree.norm(gradient)
         params = state.params[player.name]
-        change, opt_state = self.optimizer.update(gradient, state.opt_state[player.name], params)
+        change, opt_state = self.optimizers[player.name].update(gradient, state.opt_state[player.name], params)
         params = optax.apply_updates(params, jax.tree.map(lambda c: player.rate * c, change))
         params = player.project(params) if player.project else params
         params = player.settle(params, aux.extra) if player.settle else params

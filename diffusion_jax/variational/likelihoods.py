@@ -11,12 +11,14 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import rng
+from diffusion_jax import grey, rng
 from diffusion_jax.types import Array
 from diffusion_jax.variational import gaussian
 
 LEAST_LOG_SCALE = -7.0
-"""A logistic's log scale is at least this, as in openai/pixel-cnn: at 256 levels nothing narrower can be told."""
+"""At 256 levels a logistic's log scale is at least this, as in openai/pixel-cnn: nothing narrower can be told there.
+
+With fewer levels it is as many levels wide: a scale far below that would make a neighbour all but impossible."""
 
 
 class Likelihood(Protocol):
@@ -41,11 +43,6 @@ class Likelihood(Protocol):
     def draw(self, params: Array, keys: Array) -> Array:
         """f[B,H,W,C], an image drawn with key[B]."""
         ...
-
-
-def _step(levels: int) -> float:
-    """The distance of two neighbouring grey levels."""
-    return 2.0 / (levels - 1)
 
 
 def _over_pixels(x: Array) -> Array:
@@ -91,9 +88,8 @@ class Gaussian:
 
     def log_prob(self, params: Array, image: Array, keys: Array) -> Array:
         """See `Likelihood`."""
-        step = _step(self.levels)
-        u = rng.draw(keys, lambda key: jax.random.uniform(key, image.shape[1:], image.dtype, -0.5, 0.5))
-        return _over_pixels(gaussian.log_density(self.distribution(params), image + step * u) + math.log(step))
+        log_density = gaussian.log_density(self.distribution(params), grey.dequantise(image, keys, self.levels))
+        return _over_pixels(log_density + math.log(grey.step(self.levels)))
 
     def mean(self, params: Array) -> Array:
         """See `Likelihood`."""
@@ -144,7 +140,7 @@ class Bernoulli:
             return total + (u < p).astype(p.dtype)
 
         ones = jax.lax.fori_loop(0, self.levels - 1, add, jnp.zeros_like(p))
-        return ones * _step(self.levels) - 1.0
+        return ones * grey.step(self.levels) - 1.0
 
 
 # ------------------------------------------------------------------------------------------ logistic mixture
@@ -198,13 +194,14 @@ class DiscretisedLogisticMixture:
         logits, rest = params[..., : self.components], params[..., self.components :]
         rows = rest.reshape(*params.shape[:-1], -1, self.components)
         means, log_scales, coefficients = jnp.split(rows, (self.channels, 2 * self.channels), axis=-2)
-        log_scales = jnp.maximum(log_scales, LEAST_LOG_SCALE)
+        least = LEAST_LOG_SCALE + math.log(grey.step(self.levels) / grey.step(256))
+        log_scales = jnp.maximum(log_scales, least)
         return Mixture(jax.nn.log_softmax(logits), means, log_scales, jnp.tanh(coefficients))
 
     def log_prob(self, params: Array, image: Array, keys: Array) -> Array:
         """See `Likelihood`."""
         p, x = self.mixture(params), image[..., None]
-        of_channels = _log_cell(x - _following(p, x), p.log_scales, x, _step(self.levels))
+        of_channels = _log_cell(x - _following(p, x), p.log_scales, x, grey.step(self.levels))
         return _over_pixels(jax.nn.logsumexp(p.log_weights + jnp.sum(of_channels, axis=-2), axis=-1))
 
     def mean(self, params: Array) -> Array:
@@ -266,7 +263,7 @@ def _chosen(p: Mixture, keys: Array) -> Mixture:
 
 def _rounded(x: Array, levels: int) -> Array:
     """The nearest grey level."""
-    step = _step(levels)
+    step = grey.step(levels)
     return jnp.clip(jnp.round((x + 1.0) / step) * step - 1.0, -1.0, 1.0)
 
 

@@ -88,3 +88,13 @@ def test_relativistic_pairs_are_real_i_with_fake_i():
     for of_player in (loss.discriminator, loss.generator):
         np.testing.assert_allclose(of_player(real + 7.0, fake + 7.0), of_player(real, fake), rtol=1e-5)
         assert not np.allclose(of_player(real, fake[::-1]), of_player(real, fake))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_margin_is_positive_where_swapping_the_pair_would_cost(name):
+    """Of logits that lie on either side of the border between real and generated, as far as each other."""
+    border = 0.5 if name == "least_squares" else 0.0
+    loss, real = LOSSES[name](), jnp.float32([-1.3, -0.2, 0.1, 0.3, 0.45, 0.6, 2.0])
+    fake = 2.0 * border - real
+    cost = loss.discriminator(fake, real) - loss.discriminator(real, fake)
+    np.testing.assert_array_equal(np.sign(loss.margin(real, fake)), np.sign(cost))

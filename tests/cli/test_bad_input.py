@@ -31,6 +31,11 @@ def complain(capsys, *argv):
     ("flags", "words"),
     [
         (["--config=configs/digits.py"], ["needs a family", "diffusion"]),
+        (
+            ["--config=configs/digits.py:gan", "--config.family.loss=wasserstein", "--config.family.regularisers="],
+            ["family.loss", "wasserstein", "gradient_penalty"],
+        ),
+        (["--config=configs/digits.py:gan", "--config.sample.temperature=0.0"], ["sample.temperature", "positive"]),
         (["--config=configs/digits.py:difusion"], ["difusion", "did you mean 'diffusion'"]),
         (["--config=configs/nothing.py:diffusion"], ["configs/nothing.py"]),
         (["--config=README.md:diffusion"], ["README.md"]),

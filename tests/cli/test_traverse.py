@@ -12,7 +12,6 @@ from diffusion_jax.cli import arguments
 from diffusion_jax.cli.main import main
 from diffusion_jax.cli.run import assemble
 from diffusion_jax.cli.workdir import keep_config
-from diffusion_jax.families import FAMILIES
 from diffusion_jax.training.checkpoint import Checkpoints
 
 SMALL = {
@@ -52,9 +51,12 @@ def workdir(tmp_path_factory):
     return drawn("diffusion", tmp_path_factory.mktemp("runs") / "diffusion")
 
 
-@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "diffusion"])
+@pytest.fixture(scope="module", params=["gan", "vae"])
 def of_family(request, tmp_path_factory):
-    """(name, a run of that family); diffusion's is the other fixture, and what it edits is in test_edit.py."""
+    """(name, a run of that family, which has a latent and classes).
+
+    Diffusion's is the other fixture, and what it edits is in test_edit.py.
+    """
     return request.param, drawn(request.param, tmp_path_factory.mktemp("runs") / request.param)
 
 
@@ -198,3 +200,13 @@ def test_traverse_refuses(workdir, tmp_path, capsys, flags, words):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert all(word in line for word in words), line
     assert not (tmp_path / "y.npz").exists()
+
+
+def test_what_a_family_cannot_do_is_said_before_anything_is_drawn(of_family, tmp_path, capsys):
+    """No walk from noise to an image; bits per dimension from the VAE alone."""
+    name, workdir = of_family
+    assert main(["sample", f"--workdir={workdir}", f"--out={tmp_path / 'x.npz'}", "--trajectory"]) == 2
+    assert f"--trajectory: the family {name} does not walk" in capsys.readouterr().err
+    if name == "gan":
+        assert main(["evaluate", f"--workdir={workdir}", "--likelihood=5"]) == 2
+        assert "--likelihood = 5: gan has no likelihood" in capsys.readouterr().err

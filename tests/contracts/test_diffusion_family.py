@@ -59,7 +59,7 @@ PAIRS = [pytest.param(name, marks=[] if _by_default(name) else pytest.mark.slow)
 def test_losses_and_gradients_are_finite(name):
     """With parameters at random, of every player; and the loss is one that its parameters can lower."""
     it, spec = PAIRINGS[name].build(), PAIRINGS[name].spec
-    params, extra = filled(it.init)
+    params, extra = jax.tree.map(jnp.asarray, filled(it.init))
     ctx = Context(
         batch=batch(spec),
         key=jax.random.key(0),

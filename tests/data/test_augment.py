@@ -252,6 +252,7 @@ def test_the_label_reaches_the_network():
     np.testing.assert_array_equal(np.abs(one).max(1) > 0.0, np.arange(9) == 5)
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_samples_with_it(tmp_path, monkeypatch):
     """Through the command, less the evaluation, which is the same for all runs."""
     monkeypatch.setattr("diffusion_jax.evaluation.report.too_small", lambda dataset: "not in this test")

@@ -186,15 +186,6 @@ def test_the_straight_frame_begins_and_ends_at_scale_one(x64):
         np.testing.assert_allclose(Straight(build(name)).scale(jnp.array([0.0, 1.0])), 1.0, atol=1e-6)
 
 
-def test_dequantised_images_fill_their_cells():
-    """Uniform within half a level's width; every pixel and image on its own."""
-    levels = 17
-    x0 = jnp.asarray(np.random.default_rng(0).integers(levels, size=(64, 8, 8, 1)) / 8.0 - 1.0, jnp.float32)
-    u = (np.asarray(likelihood.dequantise(x0, keys(64), levels)) - np.asarray(x0)) * 8.0 + 0.5
-    assert stats.kstest(u.ravel(), "uniform").pvalue > 0.001
-    assert len(np.unique(np.round(u, 5))) > 0.9 * u.size
-
-
 def flat(schedule):
     """The ideal denoiser of pixels that are uniform on the 17 cells together: a truncated normal's mean; alpha = 1."""
 

@@ -37,6 +37,16 @@ def test_players_move_in_order_and_alone():
     assert int(state.extra["seen"]) == 1
 
 
+def test_schedules_are_of_steps_for_players_that_rest():
+    """A player that moves every fifth step walks the whole cosine, in a fifth of the updates."""
+    settings = TrainSettings(**SGD, steps=100, learning_rate_schedule="cosine_decay_schedule")
+    moves = optimizer.build(settings, every=5)
+    state = moves.init(jnp.float32(0.0))
+    for update in range(20):
+        change, state = moves.update(jnp.float32(1.0), state, jnp.float32(0.0))
+        np.testing.assert_allclose(change, -0.25 * (1.0 + np.cos(np.pi * 5 * update / 100)), rtol=1e-5)
+
+
 def test_a_projection_follows_the_update_before_anyone_looks():
     """The leader is halved after its step of 0.25; the follower and the averages see 0.75 / 2."""
     family = toys.leader_and_follower()

@@ -109,12 +109,14 @@ def test_bernoulli_is_the_binomial(levels):
 
 
 def test_logistic_cells_are_differences_of_scipys_cdf():
-    """A mixture by hand, with the tails at the ends; the scale of the second component is below the least, e^-7."""
+    """A mixture by hand, with the tails at the ends; the second scale is below the least, e^-7 255 / 16."""
     row = build("discretised_logistic_mixture(components=2)", 1, 17)
     logits, means, log_scales = np.array([0.3, -0.9]), np.array([-0.2, 0.5]), np.array([-1.5, -9.0])
     numbers = jnp.asarray(np.concatenate([logits, means, log_scales]), jnp.float32).reshape(1, 1, 1, 6)
     edges = np.concatenate([[-np.inf], grey(17)[1:] - 1.0 / 16.0, [np.inf]])[:, None]
-    cells = np.diff(stats.logistic(means, np.exp(np.maximum(log_scales, -7.0))).cdf(edges), axis=0)
+    cells = np.diff(
+        stats.logistic(means, np.exp(np.maximum(log_scales, np.log(np.exp(-7.0) * 255.0 / 16.0)))).cdf(edges), axis=0
+    )
     weights = np.exp(logits) / np.exp(logits).sum()
     pixels = all_pixels(1, 17)
     got = log_prob(row, jnp.broadcast_to(numbers, (17, 1, 1, 6)), pixels, keys(17))
