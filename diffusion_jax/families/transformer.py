@@ -94,6 +94,8 @@ class SampleSettings:
             value = getattr(self, name)
             require(0 <= value < math.inf, f"sample.{name}", value, "must be a number from 0 on")
         require(0.0 < self.top_p <= 1.0, "sample.top_p", self.top_p, "must lie in (0, 1]")
+        for name in ("top_k", "steps"):
+            require(getattr(self, name) < 2**31, f"sample.{name}", getattr(self, name), "must be below 2^31")
         fine = self.choice_temperature == -1.0 or 0.0 <= self.choice_temperature < math.inf
         require(fine, "sample.choice_temperature", self.choice_temperature, "must be a number from 0 on, or -1")
 

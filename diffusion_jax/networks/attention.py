@@ -40,12 +40,14 @@ def attention(q: Array, k: Array, v: Array, implementation: str = "auto", mask: 
 def choose(platform: str, q: Array, k: Array, masked: bool = False) -> str:
     """The row of IMPLEMENTATIONS for q [B,T,heads,d], k [B,S,heads,d] on "cpu", "gpu" or "tpu".
 
-    A single query, as a step of generation has, is not worth a kernel.
+    A single query, as a step of generation has, is not worth a kernel; cuDNN has no gradient under a mask whose sides
+    are odd.
     """
     T, S, d = q.shape[1], k.shape[1], q.shape[3]
     if platform == "tpu" and min(T, S) >= 1024 and T % 128 == S % 128 == 0 and not masked:
         return "splash"
-    if platform == "gpu" and q.dtype == jnp.bfloat16 and d % 8 == 0 and d <= 128 and T > 1:
+    odd = masked and (T % 2 or S % 2)
+    if platform == "gpu" and q.dtype == jnp.bfloat16 and d % 8 == 0 and d <= 128 and T > 1 and not odd:
         return "cudnn"
     return "exact" if platform == "cpu" else "xla"
 

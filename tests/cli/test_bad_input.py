@@ -36,6 +36,7 @@ def complain(capsys, *argv):
             ["family.loss", "wasserstein", "gradient_penalty"],
         ),
         (["--config=configs/digits.py:gan", "--config.sample.temperature=0.0"], ["sample.temperature", "positive"]),
+        (["--config=configs/digits.py:transformer", "--config.sample.top_k=3000000000"], ["sample.top_k", "2^31"]),
         (["--config=configs/digits.py:difusion"], ["difusion", "did you mean 'diffusion'"]),
         (["--config=configs/nothing.py:diffusion"], ["configs/nothing.py"]),
         (["--config=README.md:diffusion"], ["README.md"]),

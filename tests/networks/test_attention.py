@@ -139,6 +139,14 @@ def test_choice(platform, tokens, d, dtype, expected):
     assert attention.choose(platform, q, q) == expected
 
 
+def test_cudnn_has_no_gradient_under_a_mask_with_odd_sides():
+    """As jax says: cuDNN's backward pass with a bias takes even lengths alone."""
+    of = lambda tokens: jax.ShapeDtypeStruct((2, tokens, 3, 64), jnp.bfloat16)
+    assert attention.choose("gpu", of(256), of(256), masked=True) == "cudnn"
+    assert attention.choose("gpu", of(85), of(85), masked=True) == "xla"
+    assert attention.choose("gpu", of(256), of(85), masked=True) == "xla"
+
+
 def test_unknown_implementation_is_refused():
     for name in ("auto", *IMPLEMENTATIONS):
         attention.check(name)

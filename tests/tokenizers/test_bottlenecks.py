@@ -202,6 +202,17 @@ def test_vq_codebook_by_running_means():
     np.testing.assert_array_equal(gradient["codebook"], np.zeros((6, 3)))
 
 
+def test_a_code_that_nobody_uses_stays_where_it_is():
+    """After thousands of steps m_k has vanished in float32 and N_k not yet: m_k / N_k would be the origin."""
+    it = build("vq-ema")
+    params, extra = it.init(jax.random.key(0))
+    shares = jnp.array([0.5, 0.5, 1e-12, 1e-30, 1e-38, 0.0])
+    extra |= {"usage": extra["usage"]._replace(shares=shares), "running": jnp.zeros_like(extra["running"])}
+    after = it.settle(params, extra)["codebook"]
+    np.testing.assert_array_equal(after[:2], np.zeros((2, 3)))
+    np.testing.assert_array_equal(after[2:], params["codebook"][2:])
+
+
 @pytest.mark.parametrize("name", ["vq-revived", "vq-ema-revived"])
 def test_dead_codes_begin_anew_at_outputs_of_the_batch(name):
     """Codes 3, 4 and 5 have no share: they move onto outputs, with the mean share; the others do as without revival."""

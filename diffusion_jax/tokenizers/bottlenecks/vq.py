@@ -26,6 +26,8 @@ from diffusion_jax.tokenizers.bottlenecks.base import Passed
 from diffusion_jax.types import Array, Tree
 
 CODEBOOKS = ("gradient", "ema")
+LEAST_SHARE = 1e-6
+"""Over 1 / K: a code of a smaller share stays where it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,8 @@ class VQ:
         e, after = params["codebook"], self.advanced(extra)
         if self.codebook == "ema":
             N = after["usage"].shares[:, None]
-            e = jnp.where(N > 0.0, after["running"] / jnp.where(N > 0.0, N, 1.0), e)
+            seen = LEAST_SHARE / self.codes < N  # below, the running means are about to be rounded to 0 on their own
+            e = jnp.where(seen, after["running"] / jnp.where(seen, N, 1.0), e)
         elif self.revive:
             e = jnp.where(self.dead(extra)[:, None], extra["offers"], e)
         return params | {"codebook": e}
