@@ -19,7 +19,7 @@ def get_config(family: str = "") -> ConfigDict:
     """The config of `family`; what is set here is the same for all of them."""
     config = base(__file__, family, {"diffusion": diffusion, "gan": gan, "vae": vae})
     config.data.name = "stacked_digits"
-    config.train.steps = 4000
+    config.train.steps = 2000
     config.train.batch_size = 64
     config.checkpoint.every = 1000
     config.evaluate.max_real = 2000
