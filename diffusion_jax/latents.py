@@ -98,13 +98,16 @@ def slerp(first: Array, second: Array, share: Array) -> Array:
 def interpolate_images(latent: Latent, weights: Weights, keys: Array, inputs: Inputs, options: Tree) -> Array:
     """Between the images `first` and `second` f32[n,H,W,C], at `share` f32[n] of the way, under `label`.
 
-    The ends are what `reconstruct` makes of images 0 and 1 by `seed` u32[].
+    Each is encoded under its own label, `first_label` and `second_label` i32[n]. Where `label` at either end is that
+    end's, the ends are what `reconstruct` makes of images 0 and 1 by `seed` u32[].
     """
     ends = [keys_of(inputs["seed"], i, keys) for i in (0, 1)]
-    images, label = (inputs["first"], inputs["second"]), condition(inputs)
-    of_ends = (encode(latent, weights, *end, label, options) for end in zip(images, ends, strict=True))
+    of_ends = (
+        encode(latent, weights, inputs[name], key, condition(inputs, f"{name}_label"), options)
+        for name, key in zip(("first", "second"), ends, strict=True)
+    )
     z = slerp(*of_ends, inputs["share"])
-    return decode(latent, weights, z, nearer(*ends, inputs["share"]), label, options)
+    return decode(latent, weights, z, nearer(*ends, inputs["share"]), condition(inputs), options)
 
 
 def interpolate_seeds(latent: Latent, weights: Weights, keys: Array, inputs: Inputs, options: Tree) -> Array:

@@ -4,8 +4,9 @@
 
 For every variant and seed this runs `diffusion-jax train` and `diffusion-jax sample` in OUT/VARIANT-seedS, has the
 digits' classifier say which mode each sample is of (`evaluation/modes.py`) and keeps the row in OUT/VARIANT-seedS.json.
-What has its row already is not run again, and an interrupted training goes on where it stopped. All variants are shown
-the same training images in the same order. Mean and standard deviation over the seeds go to OUT/table.md.
+What has its row already is not run again: one of as many samples, at the last step of the same config, which stand in
+the row. An interrupted training goes on where it stopped. All variants are shown the same training images in the same
+order. Mean and standard deviation over the seeds go to OUT/table.md.
 
 Mirrors the table on StackedMNIST of Huang et al. 2024 (R3GAN), on 8x8 digits, with VAE and diffusion beside the GANs.
 """
@@ -24,8 +25,7 @@ from absl import app, flags
 
 from diffusion_jax import data, files, plugs
 from diffusion_jax.cli import arguments, drawing, runtime
-from diffusion_jax.cli.run import plain
-from diffusion_jax.cli.workdir import check_config
+from diffusion_jax.cli.workdir import check_config, completed, differences, plain
 from diffusion_jax.errors import RunError, UserError, require
 from diffusion_jax.evaluation import modes
 from diffusion_jax.settings import DataSettings
@@ -101,24 +101,41 @@ def row(out: Path, name: str, seed: int) -> dict[str, Any]:
     """The row of one run: the one that was kept, or else measured now.
 
     Raises:
-      UserError: where a run of this name was begun with another config.
+      UserError: where a run of this name was begun with another config, or has a row of one.
       RunError: where training or sampling fails.
     """
     workdir = out / f"{name}-seed{seed}"
     file, samples = workdir.with_suffix(".json"), workdir / "samples.npz"
     chosen = choices(name, seed)
-    check_config(workdir, config_of(chosen), override=False)
-    if file.exists():
-        kept = files.read_json(file)
-        if kept["num_samples"] == SAMPLES.value:
-            return kept
+    config = config_of(chosen)
+    check_config(workdir, config, override=False)
+    found = kept(file, config)
+    if found:
+        return found
     command("train", f"--workdir={workdir}", *chosen)
     evaluation = files.read_json(workdir / "evaluation.json")
     command("sample", f"--workdir={workdir}", f"--num_samples={SAMPLES.value}", f"--out={samples}")
     images, _ = drawing.read("samples", samples)
     found = modes.judge(images, modes.build_classifier()) | {"frechet_ratio": evaluation["frechet_ratio"]}
+    found |= {"step": evaluation["step"], "config": config}
     files.write_json(file, found)
     return found
+
+
+def kept(file: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The row in a file, if there is one of so many samples of the config's last step.
+
+    Raises:
+      UserError: where it is of another config.
+    """
+    found = files.read_json(file) if file.exists() else {}
+    if "config" not in found:  # as rows were before they said what they are of
+        return None
+    fields = differences(completed(found["config"]), config)
+    rule = f"its row is of another config: {'; '.join(fields)}; take another --out, or remove it"
+    require(not fields, "--out", str(file), rule)
+    fits = (found["num_samples"], found["step"]) == (SAMPLES.value, config["train"]["steps"])
+    return found if fits else None
 
 
 def choices(name: str, seed: int) -> list[str]:

@@ -140,15 +140,20 @@ def test_between_seeds_the_ends_are_what_is_generated():
 
 
 def test_between_images_the_ends_are_their_reconstructions():
-    """Of an encoder and a decoder that draw noise, by the same seed; the middle is the arc's between exact latents."""
-    image, label = pictures(2), jnp.asarray([1] * 4)
+    """Of an encoder and a decoder that draw noise, by the same seed; the middle is the arc's between exact latents.
+
+    Each end is encoded under its own label, and each frame decoded under the one that it is given.
+    """
+    image, labels = pictures(2), jnp.asarray([1, 3])
     first, second = (jnp.broadcast_to(each, (4, *SHAPE)) for each in image)
-    inputs = {"first": first, "second": second, "share": SHARES, "label": label, "seed": jnp.uint32(3)}
-    alone = run("reconstruct", toy(0.3), {"image": image, "label": label[:2]}, 2, seed=3)
+    inputs = {"first": first, "second": second, "share": SHARES, "label": jnp.repeat(labels, 2), "seed": jnp.uint32(3)}
+    inputs |= {"first_label": jnp.full(4, 1), "second_label": jnp.full(4, 3)}
+    alone = run("reconstruct", toy(0.3), {"image": image, "label": labels}, 2, seed=3)
     got = run("interpolate_images", toy(0.3), inputs, 4, seed=3)
     np.testing.assert_allclose(got[jnp.asarray([0, 3])], alone, rtol=1e-5, atol=1e-6)
     inverse = np.linalg.inv(MATRIX)
-    of_ends = [inverse @ (np.asarray(each, np.float64) - SHIFTS[1]).ravel() for each in image]
+    shifted = zip(np.asarray(image, np.float64), SHIFTS[labels], strict=True)
+    of_ends = [inverse @ (each - shift).ravel() for each, shift in shifted]
     expected = (MATRIX @ along_the_arc(*of_ends, 0.25)).reshape(SHAPE) + SHIFTS[1]
     np.testing.assert_allclose(run("interpolate_images", toy(), inputs, 4)[1], expected, rtol=1e-4, atol=1e-4)
 

@@ -90,7 +90,8 @@ REGULARISERS = {"r1": R1, "r2": R2, "gradient_penalty": GradientPenalty}
 def squared_slope(critic: Critic, x: Array) -> Array:
     """|grad D(x_i)|^2 f32[n], for a critic whose output i depends on image i alone.
 
-    The gradient of the sum then has the gradient of D(x_i) in row i.
+    The gradient of the sum then has the gradient of D(x_i) in row i. Under StyleGAN2's minibatch standard deviation it
+    is that of the sum over i's group, as in its published code, which takes the gradient of the sum, too.
     """
     gradient = jax.grad(lambda x: jnp.sum(critic(x)))(x)
     return jnp.sum(jnp.square(gradient), axis=(1, 2, 3))
@@ -99,7 +100,8 @@ def squared_slope(critic: Critic, x: Array) -> Array:
 def lazily(every: int, step: Array, penalty: Callable[[], Array]) -> Array:
     """`every` times the penalty f32[n] in each `every`-th step i32[], else 0: the same on average, at less cost.
 
-    Karras et al. 2020 (StyleGAN2), section 3.1.
+    Karras et al. 2020 (StyleGAN2), section 3.1. The published code gives it an optimizer step of its own, and for these
+    further steps lowers Adam's rate and betas. Here it is a part of the step's loss: no step more, nothing to correct.
     """
     if every == 1:
         return penalty()

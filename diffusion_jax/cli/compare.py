@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     check(values)
 
     from diffusion_jax.cli import runtime
-    from diffusion_jax.cli.workdir import open_run
+    from diffusion_jax.cli.run import open_run
     from diffusion_jax.evaluation import comparison
 
     subjects = {name: read(workdir) for name, workdir in named(values.workdirs).items()}
@@ -112,15 +112,22 @@ def read(workdir: str) -> Subject:
     """A run's config and evaluation.
 
     Raises:
-      UserError: where there is none, or not one of the model at a checkpoint that is there.
+      UserError: where there is none, or they are not whole, or not of a model at a checkpoint that is there.
     """
     from diffusion_jax.cli.workdir import completed, config_of
+    from diffusion_jax.evaluation import comparison
 
-    config, file = completed(config_of(workdir, "workdirs")), Path(workdir) / "evaluation.json"
+    saved, file = config_of(workdir, "workdirs"), Path(workdir) / "evaluation.json"
+    try:
+        config = completed(saved)
+    except (KeyError, TypeError):
+        raise UserError(f"--workdirs = {workdir!r}: its config.json is not that of a run.") from None
     again = f"run `diffusion-jax evaluate --workdir={workdir}` first"
     require(file.is_file(), "--workdirs", workdir, f"has no evaluation.json; {again}")
     evaluation = files.read_json(file)
     require("cost" in evaluation, "--workdirs", workdir, f"its evaluation.json says nothing of costs; {again}")
+    problem = comparison.problem(evaluation)
+    require(not problem, "--workdirs", workdir, f"its evaluation.json is not that of a run: {problem}; {again}")
     step = evaluation["step"]
     there = (Path(workdir) / "checkpoints" / str(step)).is_dir()
     require(there, "--workdirs", workdir, f"its evaluation.json is of step {step}, which has no checkpoint; {again}")
@@ -159,7 +166,7 @@ def in_steps(name: str, run: "Run", steps: Sequence[str]) -> dict[int, "Tree"]:
 
 def measure(name: str, subject: Subject, run: "Run", likelihood: int, sweep: Mapping[int, "Tree"]) -> Found:
     """Measure what a run's evaluation does not say."""
-    from diffusion_jax.cli.workdir import load_weights
+    from diffusion_jax.cli.model import load_weights
     from diffusion_jax.evaluation import comparison
 
     print(f"measuring {name}", file=sys.stderr)

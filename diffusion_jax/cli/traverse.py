@@ -1,6 +1,7 @@
 """Show what single dimensions of a model's latent do: one row a dimension, whose value goes from -range to range.
 
-All else of the latent stays as it is: as that of image 0 of --seed, which `sample` makes, or of --images, each in turn.
+All else of the latent stays as it is: as that of image 0 of --seed, which `sample` makes, or of --images, each in turn,
+of which a VAE shows the mean of the pixels unless --show says otherwise.
 
 FILE.png is a grid with --columns columns. FILE.npz holds the same images, row by row, as `images` uint8 [N,H,W,C], with
 `dimension` int32 [N] and `value` float32 [N], `label` int32 [N] for models with classes, and `about`, the JSON of what
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     arguments.required(values, "workdir")
     check(values)
     out = drawing.check_out(values)
-    drawer = drawing.prepare(values)
+    drawer = drawing.prepare(values, encodes=bool(values.images))
     model = drawer.model
 
     from diffusion_jax import latents

@@ -20,7 +20,45 @@ EFFORT = ("num_samples", "n", "num_train", "num_held_out", "subsets", "bootstrap
 """Entries of an evaluation that say how many images and draws its figures are of."""
 
 
+NUMBER = (int, float)
+READ = {
+    **dict.fromkeys(("step", *EFFORT, "cost.parameters.total", "cost.devices"), int),
+    **dict.fromkeys(("ema", "features.name", "features.fingerprint", "cost.device"), str),
+    **dict.fromkeys(("frechet_ratio", "metrics.frechet.value", "cost.training.flops", "cost.sampling.flops"), NUMBER),
+    **dict.fromkeys(("cost.training.steps", "cost.training.images", "cost.sampling.batch_size"), int),
+    **dict.fromkeys(("cost.sampling.evaluations", "cost.sampling.seconds"), NUMBER),
+    "cost.parameters.players": Mapping,
+    "cost.training.seconds": (*NUMBER, type(None)),
+}
+"""Entries of an evaluation.json that are read here, and their types; of every metric its figures, too."""
+
+
 # ---------------------------------------------------------------------------------------------- may they be compared?
+
+
+def problem(evaluation: Mapping[str, Any]) -> str:
+    """What an evaluation.json lacks for being compared, such as `"its cost.device is 3"`, or "" where it is whole."""
+    metrics = evaluation.get("metrics")
+    asked = dict(READ)
+    for name in METRICS if isinstance(metrics, Mapping) else ():
+        if name in metrics:
+            asked |= dict.fromkeys((f"metrics.{name}.value", f"metrics.{name}.floor"), NUMBER)
+            asked |= dict.fromkeys((f"metrics.{name}.interval.0", f"metrics.{name}.interval.1"), NUMBER)
+    for path, kind in asked.items():
+        try:
+            found = _entry(evaluation, path)
+        except (LookupError, TypeError, ValueError):
+            return f"it has no {path}"
+        if not isinstance(found, kind) or isinstance(found, bool):
+            return f"its {path} is {found!r}"
+    return ""
+
+
+def _entry(content: Any, path: str) -> Any:
+    """What stands in nested mappings and lists under the names between the path's dots."""
+    for name in path.split("."):
+        content = content[int(name) if isinstance(content, list) else name]
+    return content
 
 
 def conditions(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:

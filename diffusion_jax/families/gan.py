@@ -155,15 +155,20 @@ def build(settings: FamilySettings, spec: ImageSpec, precision: str) -> Family:
     """The family for images of `spec`, computing in `precision`; class-conditional where `spec` has classes.
 
     Raises:
-      UserError: for an unknown row or option, or networks that do not fit `spec`.
+      UserError: for an unknown row or option, or networks that do not fit `spec` or the spectral normalisation.
     """
     bounded = settings.loss != "wasserstein" or settings.regularisers or settings.spectral_norm != "none"
     rule = "needs a discriminator that is held back: gradient_penalty, or spectral_norm"
     require(bool(bounded), "family.loss", settings.loss, rule)
+    generator = networks.build_generator("family.generator", settings.generator, spec, precision)
+    discriminator = networks.build_discriminator("family.discriminator", settings.discriminator, spec, precision)
+    for name, network in (("discriminator", discriminator), ("generator", generator)):
+        fits = not network.unfit or name not in NORMALISED[settings.spectral_norm]
+        require(fits, "family.spectral_norm", settings.spectral_norm, f"not for this {name}: {network.unfit}")
     return Model(
         spec=spec,
-        generator=networks.build_generator("family.generator", settings.generator, spec, precision),
-        discriminator=networks.build_discriminator("family.discriminator", settings.discriminator, spec, precision),
+        generator=generator,
+        discriminator=discriminator,
         loss=plugs.build("family.loss", settings.loss, LOSSES),
         regularisers=plugs.build_all("family.regularisers", settings.regularisers, REGULARISERS),
         normalised=NORMALISED[settings.spectral_norm],

@@ -20,6 +20,10 @@ LEAST_LOG_SCALE = -7.0
 
 With fewer levels it is as many levels wide: a scale far below that would make a neighbour all but impossible."""
 
+LOG_SCALES = (-15.0, 10.0)
+"""No log scale lies outside, whatever the decoder gives: as CompVis/latent-diffusion keeps its log variances in
+[-30, 20] (Rombach et al. 2022). No training is meant to come near; beyond, squares of exp leave float32."""
+
 
 class Likelihood(Protocol):
     """A row of `LIKELIHOODS`. It is built with the images' `channels` and `levels` where it reads them."""
@@ -84,7 +88,7 @@ class Gaussian:
         """N(mean, std^2) f[B,H,W,C] from f[B,H,W,P]."""
         mean, change = params[..., : self.channels], params[..., self.channels :]
         log_std = jnp.full_like(mean, math.log(self.std))
-        return gaussian.Gaussian(mean, log_std + change if self.learned else log_std)
+        return gaussian.Gaussian(mean, jnp.clip(log_std + change, *LOG_SCALES) if self.learned else log_std)
 
     def log_prob(self, params: Array, image: Array, keys: Array) -> Array:
         """See `Likelihood`."""
@@ -195,7 +199,7 @@ class DiscretisedLogisticMixture:
         rows = rest.reshape(*params.shape[:-1], -1, self.components)
         means, log_scales, coefficients = jnp.split(rows, (self.channels, 2 * self.channels), axis=-2)
         least = LEAST_LOG_SCALE + math.log(grey.step(self.levels) / grey.step(256))
-        log_scales = jnp.maximum(log_scales, least)
+        log_scales = jnp.clip(log_scales, least, LOG_SCALES[1])
         return Mixture(jax.nn.log_softmax(logits), means, log_scales, jnp.tanh(coefficients))
 
     def log_prob(self, params: Array, image: Array, keys: Array) -> Array:

@@ -165,6 +165,51 @@ def test_a_run_without_an_evaluation_is_told_what_to_run(runs, tmp_path, capsys)
     assert f"{tmp_path / 'b'}: there is no run here" in refused(capsys, tmp_path, "ab", tmp_path / "out")
 
 
+FOREIGN = {
+    ("config.json", "{"): "cannot be read as JSON",
+    ("config.json", "{}"): "config.json is not that of a run",
+    ("config.json", '{"family": {"name": "poetry"}}'): "config.json is not that of a run",
+    ("config.json", '{"family": {"name": "gan"}, "data": 3}'): "config.json is not that of a run",
+    ("evaluation.json", '{"step": 20'): "cannot be read as JSON",
+    ("evaluation.json", "[1, 2]"): "holds no JSON object",
+    ("evaluation.json", '{"cost": 3}'): "it has no step",
+    ("evaluation.json", '{"cost": {}, "step": "last"}'): "its step is 'last'",
+}
+
+
+@pytest.mark.parametrize(("file", "content"), FOREIGN, ids=[" ".join(key) for key in FOREIGN])
+def test_files_of_another_kind_are_refused(tmp_path, capsys, file, content):
+    """In one sentence that names the file, before anything is opened."""
+    config = '{"family": {"name": "gan"}}'
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    (tmp_path / "a" / file).write_text(content)
+    line = refused(capsys, tmp_path, "ab", tmp_path / "out")
+    assert FOREIGN[file, content] in line
+    assert str(tmp_path / "a") in line
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("num_samples", "60", "its num_samples is '60'"),
+        ("cost.training.images", None, "its cost.training.images is None"),
+        ("cost.sampling", [], "it has no cost.sampling."),
+        ("metrics.kid.interval", [0.1], "it has no metrics.kid.interval.1"),
+        ("metrics", [], "it has no metrics.frechet.value"),
+        ("features.fingerprint", True, "its features.fingerprint is True"),
+    ],
+)
+def test_an_evaluation_that_is_not_whole_is_refused(runs, tmp_path, capsys, path, value, says):
+    for name in "ab":
+        shutil.copytree(runs / name, tmp_path / name)
+    change(tmp_path / "b" / "evaluation.json", path, value)
+    line = refused(capsys, tmp_path, "ab", tmp_path / "out")
+    assert says in line
+    assert f"diffusion-jax evaluate --workdir={tmp_path / 'b'}" in line
+
+
 @pytest.mark.parametrize("names", ["a", "aa"])
 def test_a_run_alone_is_refused(runs, tmp_path, capsys, names):
     assert "two runs or more" in refused(capsys, runs, names, tmp_path / "out")

@@ -18,6 +18,7 @@ LABELLED = ImageSpec(size=8, channels=1, num_classes=3)
 PLAIN = ImageSpec(size=8, channels=1, num_classes=0)
 SMALL = {"generator": "dcgan(width=8,latent=4)", "discriminator": "dcgan(width=8)"}
 STYLE = "stylegan2(latent=8,style=8,mapping_layers=1,channels_base=64,channels_max=8)"
+R3GAN = "r3gan(channels_base=64,channels_max=8,blocks=1,group=16)"
 BLIT = "ada(geometry=False,color=False,images=100,every=1{})"
 
 
@@ -277,6 +278,8 @@ def test_one_image_is_learned_and_drawn():
             {"spectral_norm": "generator"},
             "family.spectral_norm = 'generator': must be one of none, discriminator, both",
         ),
+        ({"spectral_norm": "both", "generator": STYLE}, "family.spectral_norm = 'both': not for this generator: style"),
+        ({"spectral_norm": "discriminator", "discriminator": R3GAN}, "family.spectral_norm.*this discriminator: r3gan"),
         ({"augmentation": "ada(bgc=True)"}, "family.augmentation: ada has no option 'bgc'"),
         ({"generator_every": 0}, "family.generator_every = 0"),
         ({"discriminator_rate": 0.0}, "family.discriminator_rate = 0.0"),
@@ -287,6 +290,10 @@ def test_one_image_is_learned_and_drawn():
 def test_impossible_settings_are_refused_by_name(fields, says):
     with pytest.raises(UserError, match=says):
         family(**fields)
+
+
+def test_the_other_players_kernels_may_be_normalised():
+    assert family(spectral_norm="discriminator", generator=STYLE).players[1].name == "generator"
 
 
 @pytest.mark.parametrize(

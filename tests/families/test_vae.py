@@ -2,14 +2,18 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from diffusion_jax import families, rng
 from diffusion_jax.errors import UserError
+from diffusion_jax.networks.vae import Autoencoder
+from diffusion_jax.networks.vae.blocks import Inferred
 from diffusion_jax.types import Context, ImageSpec
 
 LABELLED = ImageSpec(size=8, channels=1, num_classes=3, levels=4)
@@ -109,6 +113,69 @@ def test_bits_per_dimension_of_uniform_noise(pixels):
     )
     assert elbo.shape == importance.shape == (200,)
     assert elbo.mean() > importance.mean() > 2.0
+
+
+FINE = ImageSpec(size=4, channels=1, num_classes=0, levels=2**16)
+"""So many levels that the noise of one level's width is nothing."""
+
+
+def linear_gaussian(count=64, latents=3):
+    """Images f32[n,4,4,1], -log2 P of each a dimension, and the VAE at its optimum on them, with its weights.
+
+    Probabilistic PCA (Tipping & Bishop 1999): z ~ N(0, 1), x = W z + mu + N(0, s^2). With eigenvalues a and
+    eigenvectors U of the images' covariance the likelihood of the images is largest at
+
+        W = U (a - s^2)^(1/2) of the largest a,   s^2 = the mean of all other a                        (eq. 7 and 8)
+        p(x) = N(mu, W W^T + s^2),   p(z | x) = N(M^(-1) W^T (x - mu), s^2 M^(-1)),   M = W^T W + s^2
+
+    M is diag(a) here, so that the posterior is a diagonal one, as the family's is.
+    """
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(count, latents)) @ (0.2 * generator.normal(size=(latents, 16)))
+    x = (x + 0.1 * generator.normal(size=(count, 16)) + 0.05).astype(np.float32)
+    mu, (a, U) = x.mean(0, dtype=np.float64), np.linalg.eigh(np.cov(x.T.astype(np.float64), bias=True))
+    s2, a, U = a[:-latents].mean(), a[-latents:], U[:, -latents:]
+    W = U * np.sqrt(a - s2)
+    nats = -stats.multivariate_normal(mu, W @ W.T + s2 * np.eye(16)).logpdf(x)
+    bits = (nats / 16.0 - np.log(2.0 / (FINE.levels - 1))) / np.log(2.0)  # P = p step^16
+
+    def decode(params, z, label):
+        return (z @ params["W"].T + params["mu"][None]).reshape(-1, 4, 4, 1)
+
+    def infer(params, x, label, eps):
+        mean = (x.reshape(len(x), -1) - params["mu"][None]) @ (params["W"] / params["a"][None]) + params["off"]
+        log_std = jnp.broadcast_to(0.5 * jnp.log(s2 / params["a"])[None], mean.shape)
+        return Inferred(mean, log_std, decode(params, mean + jnp.exp(log_std) * eps, label))
+
+    params = {"W": W, "mu": mu, "a": a, "off": np.zeros(())}
+    network = Autoencoder(init=None, infer=infer, decode=decode, levels=(latents,))
+    weights = {"autoencoder": jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)}
+    data = {"image": jnp.asarray(x.reshape(-1, 4, 4, 1)), "index": jnp.arange(count, dtype=jnp.int32)}
+
+    def nll(weights, **fields):
+        it = family(FLAT, f"gaussian(std={s2**0.5})", FINE, **fields).players[0].loss.__self__
+        return np.asarray(jax.jit(replace(it, autoencoder=network).family().nll)(weights, data, keys(1)[0]))
+
+    return nll, weights, bits, s2 / a
+
+
+def test_at_the_optimum_on_linear_gaussian_data_both_bounds_are_the_exact_likelihood():
+    """With the exact posterior p(x | z) p(z) / q(z | x) is p(x) at every z: image by image, with any number of draws.
+
+    The ELBO is that in the mean over its draws. Off the posterior's mean by d it is worse by its divergence, the sum of
+    d^2 / (2 variance) nats (appendix B of Kingma & Welling 2014), and the importance-weighted bound by less.
+    """
+    nll, weights, bits, variance = linear_gaussian()
+    for draws in (1, 5):
+        np.testing.assert_allclose(nll(weights, likelihood=f"importance(draws={draws})"), bits, atol=2e-4)
+    elbo = nll(weights, likelihood="elbo(draws=500)")
+    np.testing.assert_allclose(elbo, bits, atol=0.03)
+    np.testing.assert_allclose(elbo.mean(), bits.mean(), atol=0.002)
+    off = {"autoencoder": weights["autoencoder"] | {"off": jnp.float32(0.3)}}
+    gap = np.sum(0.3**2 / (2.0 * variance)) / (16.0 * np.log(2.0))
+    assert gap > 0.02
+    np.testing.assert_allclose(nll(off, likelihood="elbo(draws=500)").mean(), bits.mean() + gap, atol=0.1 * gap)
+    assert bits.mean() < nll(off, likelihood="importance(draws=5)").mean() < bits.mean() + 0.9 * gap
 
 
 # ------------------------------------------------------------------------------------------ latents

@@ -37,12 +37,14 @@ class Generator:
         each alone. Within [-1, 1] where the paper's network ends in tanh. `keys` are of noise beside z, where a network
         has it; none is added without them.
       latent: numbers in z, which are standard normal.
+      unfit: why spectral normalisation of its kernels would mean nothing, or "".
       style: the same as two functions, where the network has a mapping; else None.
     """
 
     init: Callable[[Array], Tree]
     apply: Callable[[Tree, Array, Array | None, Array | None], Array]
     latent: int
+    unfit: str = ""
     style: Style | None = None
 
 
@@ -53,10 +55,12 @@ class Discriminator:
     Attributes:
       init: key -> parameters, float32.
       apply: (params, x f32[n,H,W,C], label i32[n] or None) -> f32[n].
+      unfit: as of the generator.
     """
 
     init: Callable[[Array], Tree]
     apply: Callable[[Tree, Array, Array | None], Array]
+    unfit: str = ""
 
 
 GENERATORS = {
@@ -79,6 +83,12 @@ DISCRIMINATORS = {
 }
 """name -> (options, module, what is wrong with an image size), as above; the module is called with (x, label)."""
 
+UNFIT = {
+    "stylegan2": "stylegan2 scales its kernels again where it uses them",
+    "r3gan": "r3gan's blocks begin with kernels of 0, which have no norm to be divided by",
+}
+"""name -> why spectral normalisation of its kernels, before it sees them, would mean nothing."""
+
 
 def build_generator(field: str, text: str, spec: ImageSpec, precision: str = "float32") -> Generator:
     """The generator that `text` names, for images of `spec`; with classes where `spec` has them.
@@ -92,7 +102,7 @@ def build_generator(field: str, text: str, spec: ImageSpec, precision: str = "fl
     Raises:
       UserError: for an unknown name or option, or sizes that do not fit `spec`.
     """
-    model = _module(field, text, GENERATORS, presets.GENERATOR_TEXTS, spec, precision)
+    name, model = _module(field, text, GENERATORS, presets.GENERATOR_TEXTS, spec, precision)
     z = jnp.zeros((1, model.options.latent))
 
     def init(key: Array) -> Tree:
@@ -111,13 +121,14 @@ def build_generator(field: str, text: str, spec: ImageSpec, precision: str = "fl
         init=init,
         apply=jax.named_call(apply, name="generator"),
         latent=model.options.latent,
+        unfit=UNFIT.get(name, ""),
         style=Style(mapping=mapping, synthesis=synthesis) if hasattr(model, "mapping") else None,
     )
 
 
 def build_discriminator(field: str, text: str, spec: ImageSpec, precision: str = "float32") -> Discriminator:
     """The discriminator that `text` names; arguments and errors as of `build_generator`."""
-    model = _module(field, text, DISCRIMINATORS, presets.DISCRIMINATOR_TEXTS, spec, precision)
+    name, model = _module(field, text, DISCRIMINATORS, presets.DISCRIMINATOR_TEXTS, spec, precision)
 
     def init(key: Array) -> Tree:
         return model.init(key, jnp.zeros((1, *spec.shape)), _label(spec))["params"]
@@ -125,7 +136,7 @@ def build_discriminator(field: str, text: str, spec: ImageSpec, precision: str =
     def apply(params: Tree, x: Array, label: Array | None) -> Array:
         return model.apply({"params": params}, x, label).astype(jnp.float32)
 
-    return Discriminator(init=init, apply=jax.named_call(apply, name="discriminator"))
+    return Discriminator(init=init, apply=jax.named_call(apply, name="discriminator"), unfit=UNFIT.get(name, ""))
 
 
 def _label(spec: ImageSpec) -> Array | None:
@@ -133,12 +144,14 @@ def _label(spec: ImageSpec) -> Array | None:
     return jnp.zeros((1,), jnp.int32) if spec.num_classes else None
 
 
-def _module(field: str, text: str, table: dict, texts: Mapping[str, str], spec: ImageSpec, precision: str) -> Any:
-    """The module that `text` names in `table`, or as one of the presets `texts`, for images of `spec`."""
+def _module(
+    field: str, text: str, table: dict, texts: Mapping[str, str], spec: ImageSpec, precision: str
+) -> tuple[str, Any]:
+    """The row and the module that `text` names in `table`, or as one of the presets `texts`, for images of `spec`."""
     name, given = presets.expand(field, text, texts)
     require(name in table, field, text, f"there is no {name!r}; {plugs.suggest(name, {**table, **texts})}")
     options_of, module, misfit = table[name]
     options = plugs.call(field, options_of, given, label=name)
     problem = misfit(options, spec.size)
     require(not problem, field, text, problem)
-    return module(options, spec, DTYPES[precision])
+    return name, module(options, spec, DTYPES[precision])

@@ -17,13 +17,23 @@ class Inferred(NamedTuple):
 
     Attributes:
       mean: f32[B,D].
-      log_std: f32[B,D].
+      log_std: f32[B,D], in `LOG_STDS`.
       pixels: f32[B,H,W,P].
     """
 
     mean: Array | None
     log_std: Array | None
     pixels: Array
+
+
+LOG_STDS = (-15.0, 10.0)
+"""Each log std, of a prior or a posterior, is kept between these: CompVis/latent-diffusion keeps its log variances in
+[-30, 20] (Rombach et al. 2022). No training is meant to come near; beyond, squares of exp leave float32."""
+
+
+def bounded(log_std: Array) -> Array:
+    """log_std f32[...] in `LOG_STDS`."""
+    return jnp.clip(log_std, *LOG_STDS)
 
 
 def check_sizes(options: Any) -> None:

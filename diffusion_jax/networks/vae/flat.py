@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.networks import layers
 from diffusion_jax.networks.layers import Dense
-from diffusion_jax.networks.vae.blocks import Block, Encoder, Inferred, Out, Start, Up, check_sizes, widths
+from diffusion_jax.networks.vae.blocks import Block, Encoder, Inferred, Out, Start, Up, bounded, check_sizes, widths
 from diffusion_jax.types import Array
 
 
@@ -52,6 +52,7 @@ class Flat(nn.Module):
             top = nn.silu(top).astype(jnp.float32).reshape(len(eps), -1)
             posterior = Dense(2 * self.options.latents, kernel_init=layers.ZEROS, name="posterior")(top)
             mean, log_std = jnp.split(posterior, 2, axis=-1)
+            log_std = bounded(log_std)
             z = mean + jnp.exp(log_std) * eps
         return Inferred(mean, log_std, self.decode(z, label))
 

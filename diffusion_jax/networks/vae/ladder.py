@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.networks import layers
 from diffusion_jax.networks.layers import Conv
-from diffusion_jax.networks.vae.blocks import Block, Encoder, Inferred, Out, Start, Up, check_sizes, widths
+from diffusion_jax.networks.vae.blocks import Block, Encoder, Inferred, Out, Start, Up, bounded, check_sizes, widths
 from diffusion_jax.types import Array
 
 
@@ -97,10 +97,11 @@ class Level(nn.Module):
             both = Conv(C, size=1, dtype=self.dtype, name="join")(jnp.concatenate([y, read], axis=-1))
             q = Out(2 * self.latents, layers.ZEROS, name="posterior")(Block(self.dtype, name="posterior_block")(both))
             m, log_s = jnp.split(q, 2, axis=-1)
+            log_s = bounded(log_s)
             noise = m + jnp.exp(log_s) * eps
         p = Out(2 * self.latents + C, layers.ZEROS, name="prior")(Block(self.dtype, name="prior_block")(y))
         mu, log_sigma, feature = jnp.split(p, (self.latents, 2 * self.latents), axis=-1)
-        z = mu + jnp.exp(log_sigma) * noise
+        z = mu + jnp.exp(bounded(log_sigma)) * noise
         y = y + feature.astype(self.dtype) + Conv(C, size=1, dtype=self.dtype, name="latents")(z)
         return Block(self.dtype, name="block")(y), m, log_s
 
