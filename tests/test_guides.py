@@ -31,6 +31,7 @@ def followed(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_solver_of_the_guide_keeps_its_promise(followed):
     """All that is tested of a solver because it is registered, and that --help names it."""
     files = ("tests/contracts/test_solvers.py", "tests/cli/test_bad_input.py")

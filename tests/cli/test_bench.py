@@ -43,7 +43,7 @@ def test_a_preset_for_other_images(capsys):
     assert large["trained_params"] == small["trained_params"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("what", "passes", "copies"), [("denoise", 1, 1), ("train", 3, 4)])
 def test_times_of_a_network_agree_with_its_shapes(capsys, what, passes, copies, dtype):
     """Training takes three passes, and keeps weights, two moments and an average, in float32."""

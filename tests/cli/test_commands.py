@@ -12,6 +12,8 @@ from PIL import Image
 
 from diffusion_jax.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = [
     "--config=configs/digits.py:diffusion",
     "--config.family.network=dit(patch=4,width=32,depth=1,heads=2)",

@@ -251,7 +251,9 @@ USUAL = {
 """The rows that the schedule's paper puts beside it; v and uniform times where nothing is said."""
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in SCHEDULES]
+)
 def test_one_image_is_learned_and_drawn(schedule):
     """200 steps on one image: then every key draws it. A model that learned nothing is off by 0.5 and more.
 

@@ -40,6 +40,8 @@ from tests.contracts.closed_form import (
     transported,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # ------------------------------------------------------------------------------------------ the papers' steps
 
 
@@ -363,6 +365,14 @@ ODE = [*FIXED, *ADAPTIVE]
 SDE = [text for text in PROMISES if text not in ODE]
 
 
+TYPICAL = {"ddim", "heun", "dpmpp_2m", "unipc", "ddpm", "edm", "sde_dpmpp_2m"}
+"""One of each sort: the rows of what is slow and hardly differs from solver to solver; all of them with -m slow."""
+
+
+def typical(texts):
+    return [pytest.param(text, marks=[] if text in TYPICAL else pytest.mark.slow) for text in texts]
+
+
 def test_every_solver_makes_its_promises():
     assert {plugs.parse("", text)[0] for text in PROMISES} == set(SOLVERS)
 
@@ -416,7 +426,7 @@ def test_order_on_a_finite_data_set(text, name, x64):
 
 
 @pytest.mark.parametrize("name", FOUR)
-@pytest.mark.parametrize("text", FIXED)
+@pytest.mark.parametrize("text", typical(FIXED))
 def test_order_on_correlated_pixels(text, name, x64):
     """A Gaussian whose covariance is no multiple of the identity: x is a vector here, and no number is its own."""
     promise = PROMISES[text]
@@ -609,14 +619,14 @@ def test_ancestral_sampling_converges_to_the_variance_of_the_data(x64):
     np.testing.assert_allclose(samples.var(), 0.2360, rtol=3 * np.sqrt(2 / count))
 
 
-@pytest.mark.parametrize("text", PROMISES)
+@pytest.mark.parametrize("text", typical(PROMISES))
 def test_only_stochastic_solvers_look_at_keys(text, x64):
     x = np.linspace(-1.0, 1.0, 5)
     first, second = (run(text, "cosine", TWO, logsnr_grid("cosine", 6), x, key) for key in (0, 1))
     assert np.array_equal(first, second) == (text in ODE)
 
 
-@pytest.mark.parametrize("text", SDE)
+@pytest.mark.parametrize("text", typical(SDE))
 def test_an_image_depends_on_its_own_key_and_start(text, x64):
     times = logsnr_grid("vp_linear", 6)
     whole = run(text, "vp_linear", TWO, times, np.array([0.3, 0.3, -0.5]))
@@ -656,7 +666,7 @@ def all_grids(counts):
     return cases, jnp.stack([place(name) for name, _, _ in cases]), jnp.stack(times), jnp.int32([c[2] for c in cases])
 
 
-@pytest.mark.parametrize("text", PROMISES)
+@pytest.mark.parametrize("text", typical(PROMISES))
 def test_finite_from_pure_noise_to_the_image(text):
     """In float32, on every grid of every schedule, from t = 1, where alpha may be 0, to t = 0, where sigma is.
 

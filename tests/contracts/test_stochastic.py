@@ -27,6 +27,8 @@ from diffusion_jax.types import Denoised
 from tests.contracts.closed_form import GAUSSIAN, TWO, curves, logsnr_grid, mixture, run
 from tests.contracts.test_solvers import SDE
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DRAWS = 4  # more than any solver makes in a step
 MEAN, STD = GAUSSIAN[0][0], GAUSSIAN[1][0]
 NAMES = ("vp_linear", "cosine", "edm", "rectified_flow")

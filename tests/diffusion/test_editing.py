@@ -17,6 +17,8 @@ from diffusion_jax.diffusion.solvers import SOLVERS
 from diffusion_jax.diffusion.solvers.base import solve
 from diffusion_jax.types import Denoised, ImageSpec, Latent
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAMES = ("vp_linear", "edm", "rectified_flow")
 KARRAS = "karras(sigma_max=60)"
 MEAN, COVARIANCE = np.array([0.2, -0.1]), np.array([[0.25, 0.27], [0.27, 0.36]])  # two pixels, of correlation 0.9

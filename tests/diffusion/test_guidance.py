@@ -25,6 +25,8 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.types import Denoised
 from tests.contracts.closed_form import mixture
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NULL = 9
 NAMES = ("vp_linear", "cosine", "edm", "rectified_flow")
 RULES = ("interval(low=0.3,high=3.0)", "rescaled(phi=0.6)", "apg(eta=0.2,norm=1.5,momentum=-0.5)", "cfg_pp")

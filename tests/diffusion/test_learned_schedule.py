@@ -10,6 +10,8 @@ from diffusion_jax.diffusion.schedule import Learned, first_time, logsnr, with_d
 from diffusion_jax.diffusion.time_sampling import TIME_SAMPLINGS
 from diffusion_jax.diffusion.weighting import WEIGHTINGS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LEARNED = Learned(hidden=16)
 STD = 0.6
 

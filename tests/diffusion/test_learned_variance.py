@@ -17,6 +17,8 @@ from diffusion_jax.diffusion.time_sampling import TIME_SAMPLINGS
 from diffusion_jax.diffusion.weighting import WEIGHTINGS
 from diffusion_jax.types import Denoised
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def build(prediction="eps", schedule="vp_linear", times="uniform", levels=256, **options):
     bound = PREDICTIONS[prediction](schedule=plugs.build("schedule", schedule, SCHEDULES))

@@ -179,6 +179,9 @@ GRADIENT_TOLERANCE = 0.02
 is summed in bfloat16 is off by 24 % and more."""
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in networks.BACKBONES else pytest.mark.slow) for n in TINY]
+)
 def test_gradients_in_bfloat16_are_those_of_float32(name):
     """Of every parameter, in the norm, and with it the output. Enough rows that a sum in bfloat16 would show."""
     x, t, label = inputs(16)

@@ -12,7 +12,7 @@ from tests.networks.test_networks import TINY, inputs, network
 SPEC = ImageSpec(size=8, channels=3, num_classes=5)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TINY)
 def test_prepared_weights_are_the_same_function(name, precision):
     params, apply = network(TINY[name], precision)

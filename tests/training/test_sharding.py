@@ -11,6 +11,8 @@ from diffusion_jax.settings import MeshSettings
 from diffusion_jax.training import sharding
 from tests.training import toys
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WIDE = "dit(patch=4,width=128,depth=1,heads=2)"
 
 
@@ -29,7 +31,9 @@ def alone():
     return losses(toys.mesh(), WIDE)
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize(
+    "axes", [(8, 1, 1), (2, 2, 2), *(pytest.param(a, marks=pytest.mark.slow) for a in ((2, 4, 1), (1, 1, 8)))]
+)
 def test_one_device_and_eight_agree(alone, axes):
     """The same examples, the same noise an example, the same losses: only the order of float32 sums differs."""
     found, state = losses(toys.mesh(*axes), WIDE)

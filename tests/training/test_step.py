@@ -14,6 +14,8 @@ from diffusion_jax.training import optimizer
 from diffusion_jax.training.step import Trainer
 from tests.training import toys
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SGD = {"optimizer": "sgd", "learning_rate": 0.5, "clip_norm": 0.0, "batch_size": 4}
 
 
