@@ -20,7 +20,7 @@ class DataSettings:
     """Which images.
 
     Attributes:
-      name: "digits", "stacked_digits", "tfds:NAME" or "folder:PATH".
+      name: "digits", "digits_canvas", "stacked_digits", "tfds:NAME" or "folder:PATH".
       image_size: side in pixels, to which images are resized (shorter side) and cropped (centre); 0 for their own.
       train_split: TFDS split string of the training images.
       held_out_split: TFDS split string of the images that only evaluation sees.

@@ -13,7 +13,8 @@ Tree = Any  # a pytree of arrays
 Batch = Mapping[str, Array]
 """`image` f32[B,H,W,C] in [-1,1]; `label` i32[B] where the data has classes; `index` i32[B], the place in the batch.
 
-In training also `augment` f32[B,width], what augmentation has done to the image, where the network is told of it.
+In training also `augment` f32[B,width], what augmentation has done to the image, where the network is told of it; and
+`encoded` [B,...] in the place of `image`, where a frozen tokenizer has read the images beforehand: see `FirstStage`.
 """
 
 Condition = Mapping[str, Array]
@@ -79,17 +80,19 @@ class TokenSpec:
       vocabulary: number of different tokens; 0 where there is a vector of numbers in each place.
       channels: of such a vector, or of the one that a token stands for; 0 for pixels.
       num_classes: number of labels, 0 for data without labels.
+      scales: side of each scale, where the tokens are of several, the last of which is the grid's; empty for one grid.
     """
 
     grid: tuple[int, int, int]
     vocabulary: int
     channels: int
     num_classes: int
+    scales: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
-        """T, the number of tokens of an image, in raster order."""
-        return math.prod(self.grid)
+        """T, the number of tokens of an image, in raster order, one scale after the other."""
+        return sum(side**2 for side in self.scales) or math.prod(self.grid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,14 +133,16 @@ LossFn = Callable[[Weights, Context], tuple[Array, Aux]]
 class Player:
     """One group of parameters and the loss that it alone minimises, every `every`-th step.
 
-    Its learning rate is `rate` times the config's. After each update `project`, where there is one, puts the parameters
-    back where they have to stay; then `settle` (own parameters, the new `extra`) sets those that follow no gradient.
+    It rests before step `start`. Its learning rate is `rate` times the config's. After each update `project`, where
+    there is one, puts the parameters back where they have to stay; then `settle` (own parameters, the new `extra`) sets
+    those that follow no gradient.
     """
 
     name: str
     loss: LossFn
     every: int = 1
     rate: float = 1.0
+    start: int = 0
     project: Callable[[Tree], Tree] | None = None
     settle: Callable[[Tree, Tree], Tree] | None = None
 
@@ -179,6 +184,28 @@ class Latent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstStage:
+    """What a family models in the place of images, where a frozen tokenizer stands between the two.
+
+    The tokenizer's parameters are `frozen["tokenizer"]` in training and `weights["tokenizer"]` afterwards: `params`,
+    and with `measured` also `shift` and `scale`, f32[channels] each, of what `encode` makes of the training images.
+
+    Attributes:
+      shape: of what it makes of an image.
+      dtype: of that: int32 for tokens, float32 for latents.
+      measured: whether the family standardises it: (encoded - shift) * scale has mean 0 and deviation 1 by channel.
+      encode: (frozen or weights, images f32[B,H,W,C]) -> [B,*shape].
+      decode: (frozen or weights, what the family models) -> images f32[B,H,W,C] in [-1,1].
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    measured: bool
+    encode: Callable[[Tree, Array], Array]
+    decode: Callable[[Tree, Array], Array]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family: pure functions only. The trainer, the sampler and the evaluation see nothing else of a model.
 
@@ -201,6 +228,10 @@ class Family:
         evaluations; it has `denoise` or `run` too. None where making an image takes one evaluation.
       run: (weights, condition of one image) -> what one evaluation of the network gives; None where `denoise` says it.
       warnings: (metrics, means since the last log line) -> what is wrong with the training, a sentence by name.
+      tokenizer: the `tokenizers.Tokenizer` that this family trains; None where it trains none.
+      first_stage: what stands between its model and images; None where it models the images themselves.
+      frozen: (() -> weights of the classifier that evaluation fits) -> what the losses find in `Context.frozen` beside
+        a tokenizer; only training asks for it. None where that is nothing.
       guided_by: another family's `denoise` -> this family, guided away from it; its weights then hold the other's as
         `weak`.
     """
@@ -220,6 +251,9 @@ class Family:
     counted: Callable[[Callable[[int], None]], "Family"] | None = None
     run: Callable[[Weights, Condition], Tree] | None = None
     warnings: Callable[[Mapping[str, float]], Mapping[str, str]] = lambda metrics: {}
+    tokenizer: Any = None
+    first_stage: FirstStage | None = None
+    frozen: Callable[[Callable[[], Tree]], Tree] | None = None
     guided_by: Callable[[Callable], "Family"] | None = None
 
 

@@ -12,7 +12,8 @@ import sys
 from absl import app, flags
 
 from diffusion_jax.cli import runtime
-from diffusion_jax.cli.workdir import load_weights, open_run
+from diffusion_jax.cli.model import load_weights
+from diffusion_jax.cli.run import open_run
 from diffusion_jax.diffusion.solvers import SOLVERS
 
 WORKDIR = flags.DEFINE_string("workdir", None, "a trained run of family diffusion", required=True)

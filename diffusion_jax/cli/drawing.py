@@ -3,7 +3,7 @@
 import ast
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from diffusion_jax.cli import arguments
 from diffusion_jax.errors import UserError, require
 
 if TYPE_CHECKING:
-    from diffusion_jax.cli.run import Model
+    from diffusion_jax.cli.model import Model
     from diffusion_jax.types import Tree, Weights
 
 CHANGES = (
@@ -39,21 +39,24 @@ CHANGES = (
 """Flags that change the field of that name in the config's `sample` section."""
 
 TABLES = {
-    "solver": ("solvers/__init__.py", "SOLVERS"),
-    "grid": ("grids.py", "GRIDS"),
-    "rules": ("guidance/__init__.py", "GUIDANCE_RULES"),
-    "threshold": ("thresholding.py", "THRESHOLDS"),
+    "solver": ("diffusion/solvers/__init__.py", "SOLVERS"),
+    "grid": ("diffusion/grids.py", "GRIDS"),
+    "rules": ("diffusion/guidance/__init__.py", "GUIDANCE_RULES"),
+    "threshold": ("diffusion/thresholding.py", "THRESHOLDS"),
+    "truncation": ("families/gan.py", "TRUNCATIONS"),
+    "show": ("families/vae.py", "SHOWN"),
 }
-"""Flag -> (the file of `diffusion_jax/diffusion` that writes its table down, the table)."""
+"""Flag -> (the file of `diffusion_jax` that writes its table down, a dictionary or a tuple; the table)."""
 
 
 def rows(flag: str) -> str:
     """The names in a flag's table, for --help: read and not imported, for that would wait for jax."""
     file, table = TABLES[flag]
-    code = ast.parse((Path(__file__).parents[1] / "diffusion" / file).read_bytes())
+    code = ast.parse((Path(__file__).parents[1] / file).read_bytes())
     assigned = (node for node in code.body if isinstance(node, ast.Assign))
-    (keys,) = (node.value.keys for node in assigned if ast.unparse(node.targets[0]) == table)
-    return ", ".join(sorted(key.value for key in keys))
+    (value,) = (node.value for node in assigned if ast.unparse(node.targets[0]) == table)
+    names = value.keys if isinstance(value, ast.Dict) else value.elts
+    return ", ".join(sorted(name.value for name in names))
 
 
 def define(values: flags.FlagValues) -> None:
@@ -76,8 +79,12 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "temperature", None, "of noise, latents or tokens; the config's where left out", flag_values=values
     )
-    string("truncation", "of a GAN's z or style, such as 'normal(bound=1.0)'; the config's where left out")
-    string("show", "of a VAE, draw or mean of the pixels' distribution; the config's where left out")
+    text = (
+        f"of a GAN's z or style, such as 'normal(bound=1.0)'; the config's where left out. Rows: {rows('truncation')}"
+    )
+    string("truncation", text)
+    text = "of a VAE, what is shown of the pixels' distribution; where left out the config's, and of --images the mean"
+    string("show", f"{text}. Rows: {rows('show')}")
     text = "of a transformer, how many of the likeliest tokens to draw from; 0 for all"
     flags.DEFINE_integer("top_k", None, text, flag_values=values)
     text = "of a transformer, how much of the probability to draw from, in (0, 1]"
@@ -124,16 +131,17 @@ class Drawer:
     about: dict[str, Any]
 
 
-def prepare(values: flags.FlagValues, **defaults: Any) -> Drawer:
+def prepare(values: flags.FlagValues, *, encodes: bool = False, **defaults: Any) -> Drawer:
     """Open the run that the flags name, check its sampling options, load its weights.
 
-    `defaults` stand in the place of the config's `sample` fields where no flag does.
+    `defaults`, and where the command `encodes` images `of_encoded`, stand in the place of the config's `sample` fields
+    where no flag does.
 
     Raises:
       UserError: for whatever is wrong with them.
     """
     from diffusion_jax.cli import runtime
-    from diffusion_jax.cli.workdir import load_weights, open_model
+    from diffusion_jax.cli.model import load_weights, open_model
 
     runtime.prepare()
     model = open_model(values.workdir)
@@ -145,7 +153,8 @@ def prepare(values: flags.FlagValues, **defaults: Any) -> Drawer:
     if weak:
         model = replace(model, family=weak[0])
     changed = {name: values[name].value for name in CHANGES if values[name].value is not None}
-    section = {**model.settings.sampling, **defaults, **steps_of(values.grid), **changed}
+    suited = of_encoded(model.config) if encodes else {}
+    section = {**model.settings.sampling, **suited, **defaults, **steps_of(values.grid), **changed}
     options = model.family.sampling(section)
     rule = "is not asked where sample.autoguidance is 1; give --autoguidance=2 or another weight"
     require(not weak or section.get("autoguidance", 1.0) != 1.0, "--weak_workdir", values.weak_workdir, rule)
@@ -164,6 +173,16 @@ def prepare(values: flags.FlagValues, **defaults: Any) -> Drawer:
     )
 
 
+def of_encoded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `sample` that suit images which were encoded, of those that a config's family has.
+
+    What is shown of them is the mean of a distribution of pixels, not a draw around it.
+    """
+    from diffusion_jax.cli.workdir import completed
+
+    return {"show": "mean"} if "show" in completed(config)["sample"] else {}
+
+
 def steps_of(grid: str | None) -> dict[str, int]:
     """The number of steps that a grid from the command line brings along, such as `custom`, as a field of `sample`."""
     from diffusion_jax import plugs
@@ -176,7 +195,8 @@ def steps_of(grid: str | None) -> dict[str, int]:
 def weaken(values: flags.FlagValues, model: "Model") -> tuple[Any, "Weights", int]:
     """(the family under autoguidance, the worse model's weights, their step)."""
     from diffusion_jax import plugs
-    from diffusion_jax.cli.workdir import completed, load_weights, open_model
+    from diffusion_jax.cli.model import load_weights, open_model
+    from diffusion_jax.cli.workdir import completed
     from diffusion_jax.diffusion.schedule import SCHEDULES, Learned
 
     weak = open_model(values.weak_workdir, "weak_workdir")

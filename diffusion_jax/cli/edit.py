@@ -1,7 +1,8 @@
 """Edit images with a trained model, or go from one to another; nothing is trained for it.
 
     reconstruct  encode --images and decode them: each beside its reconstruction
-    interpolate  --frames images between image 0 of two --seeds, or between the two --images
+    interpolate  --frames images between image 0 of two --seeds, or between the two --images; each image is encoded
+                 under its own label, and what lies between has that of the nearer end
     translate    encode --images under --source_label (their own where left out), decode under --label
     img2img      noise --images to --strength, walk down from there: variations, under --label
     inpaint      keep what is black in --mask, make what is white: diffusion in steps that it walks --resamplings
@@ -10,8 +11,9 @@
 A family that cannot encode images has `interpolate` between seeds alone; `img2img` is diffusion's.
 
 --images is a samples file (.npz), whose labels are the images' own, or picture files (PNG, JPEG, WebP) separated by
-commas, resized and cropped to the model's size. FILE.npz and FILE.png are as `sample` writes them; `reconstruct` puts
-the images themselves into the .npz, too, as `original`, and into the .png, each before its reconstruction.
+commas, resized and cropped to the model's size. Where they are encoded a VAE shows the mean of the pixels unless --show
+says otherwise. FILE.npz and FILE.png are as `sample` writes them; `reconstruct` puts the images themselves into the
+.npz, too, as `original`, and into the .png, each before its reconstruction.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,6 +45,9 @@ READS = {
 OWN = ("img2img", "inpaint")
 """Edits that a family has of its own, in `Family.edits`; the others are walks in its latent."""
 
+ENDS = ("first", "second")
+"""What an interpolation calls its two seeds or images."""
+
 DEFAULTS = {"inpaint": {"solver": "ddpm(variance=1.0)", "steps": 20, "grid": "uniform"}}
 """edit -> sampling options that suit a family with noise: RePaint's solver must draw the noise of the step back."""
 
@@ -55,7 +60,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     string("images", "the images to edit: FILE.npz, or picture files separated by commas")
     string("mask", "a picture of the model's size: white is made, black is kept")
     number = lambda name, text: flags.DEFINE_integer(name, None, text, lower_bound=0, flag_values=values)
-    number("label", "the class to show; the images' own where left out")
+    number("label", "the class to show; where left out the images' own, or as `sample` has it for image 0 the class 0")
     number("source_label", "the class that the images show; their own where left out")
     flags.DEFINE_float(
         "strength", None, "how far to noise, above 0 and at most 1; 0.5 where left out", flag_values=values
@@ -95,7 +100,7 @@ def prepare(values: flags.FlagValues, edit: str) -> drawing.Drawer:
       UserError: for whatever is wrong with them.
     """
     from diffusion_jax.cli import runtime
-    from diffusion_jax.cli.workdir import open_model
+    from diffusion_jax.cli.model import open_model
 
     runtime.prepare()
     # Before the options: a family without the edit need not have the options that suit it either.
@@ -104,9 +109,10 @@ def prepare(values: flags.FlagValues, edit: str) -> drawing.Drawer:
     noisy = family.denoise is not None
     rule = f"the family {family.name} walks no step again; leave it out"
     require(values.resamplings is None or noisy, "--resamplings", values.resamplings, rule)
-    drawer = drawing.prepare(values, **(DEFAULTS.get(edit, {}) if noisy else {}))
-    if edit not in OWN:
-        check_walk(values, drawer)
+    if edit in OWN:
+        return drawing.prepare(values, **(DEFAULTS.get(edit, {}) if noisy else {}))
+    drawer = drawing.prepare(values, encodes=bool(values.images))
+    check_walk(values, drawer)
     return drawer
 
 
@@ -158,9 +164,14 @@ def inputs(values: flags.FlagValues, edit: str, spec: "ImageSpec") -> dict[str, 
     """What the edit is made from, by the names under which it reads it."""
     for flag in ("label", "source_label"):
         check_label(flag, values[flag].value, spec.num_classes)
-    image, own = images(values.images, spec) if values.images else (None, None)
-    count = (values.frames or 10) if edit == "interpolate" else len(image)
-    rows = labels("label", values.label, own, count, spec) if edit != "interpolate" else {}
+    if values.seeds:
+        ends = dict(zip(ENDS, map(np.uint32, values.seeds), strict=True))
+        return ends | {"share": shares(values)} | labels("label", values.label or 0, None, len(shares(values)), spec)
+    image, own = images(values.images, spec)
+    if edit == "interpolate":
+        return between(values, image, own, spec)
+    count = len(image)
+    rows = labels("label", values.label, own, count, spec)
     if edit == "reconstruct":
         return rows | {"image": image}
     if edit == "img2img":
@@ -168,15 +179,27 @@ def inputs(values: flags.FlagValues, edit: str, spec: "ImageSpec") -> dict[str, 
     if edit == "inpaint":
         known = np.broadcast_to(mask(values.mask, spec), (count, spec.size, spec.size, 1))
         return rows | {"image": image, "known": known, "resamplings": np.int32(values.resamplings or 10)}
-    if edit == "translate":
-        return rows | {"image": image} | labels("source_label", values.source_label, own, count, spec)
-    rows = labels("label", values.label, None if own is None else np.repeat(own[:1], count), count, spec)
-    rows["share"] = np.linspace(0.0, 1.0, count, dtype=np.float32)
-    if values.seeds:
-        return rows | dict(zip(("first", "second"), map(np.uint32, values.seeds), strict=True))
+    return rows | {"image": image} | labels("source_label", values.source_label, own, count, spec)
+
+
+def shares(values: flags.FlagValues) -> np.ndarray:
+    """f32[frames], how far along the way from the first end to the second each frame lies."""
+    return np.linspace(0.0, 1.0, values.frames or 10, dtype=np.float32)
+
+
+def between(
+    values: flags.FlagValues, image: np.ndarray, own: np.ndarray | None, spec: "ImageSpec"
+) -> dict[str, np.ndarray]:
+    """What `latents.interpolate_images` reads, of the images f32[2,H,W,C] and their labels i32[2], if they have any."""
     require(len(image) == 2, "--images", values.images, f"must be two images to interpolate between, not {len(image)}")
-    first, second = (np.repeat(end[None], count, axis=0) for end in image)
-    return rows | {"first": first, "second": second, "seed": np.uint32(values.seed)}
+    share = shares(values)
+    rows = {"share": share, "seed": np.uint32(values.seed)}
+    rows |= {name: np.repeat(end[None], len(share), axis=0) for name, end in zip(ENDS, image, strict=True)}
+    of_ends = labels("label", values.label, own, 2, spec)
+    if of_ends:
+        first, second = (np.full(len(share), label) for label in of_ends["label"])
+        rows |= {"first_label": first, "second_label": second, "label": np.where(share < 0.5, first, second)}
+    return rows
 
 
 def labels(

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -64,8 +65,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--out={out}: must be a .json file in a directory that is there.")
 
     from diffusion_jax.cli import drawing, runtime
-    from diffusion_jax.cli.workdir import load_weights, open_run
-    from diffusion_jax.evaluation import cost, likelihood, reconstruction, report
+    from diffusion_jax.cli.model import load_weights
+    from diffusion_jax.cli.run import open_run
+    from diffusion_jax.evaluation import report
 
     runtime.prepare()
     judged = open_run(workdir)
@@ -85,12 +87,14 @@ def main(argv: Sequence[str]) -> None:
         if values.reconstructions:
             result["reconstruction"] = judged.reconstruction(weights, values.reconstructions)
     files.write_json(out, result)
-    table = report.render(result)
-    if "cost" in result:
-        table += "\n" + cost.render(result["cost"])
-    if "bits_per_dimension" in result:
-        table += "\n" + likelihood.render(result["bits_per_dimension"])
-    if "reconstruction" in result:
-        table += "\n" + reconstruction.render(result["reconstruction"])
-    print(table, file=sys.stderr if values.json else sys.stdout)
+    print(render(result), file=sys.stderr if values.json else sys.stdout)
     print(json.dumps(result) if values.json else f"\nsaved in {out}")
+
+
+def render(result: dict[str, Any]) -> str:
+    """What stands in an evaluation.json, as plain text."""
+    from diffusion_jax.evaluation import cost, likelihood, reconstruction, report
+
+    parts = [report.render(result)] if "metrics" in result else []
+    rows = {"cost": cost, "bits_per_dimension": likelihood, "reconstruction": reconstruction}
+    return "\n".join(parts + [of.render(result[name]) for name, of in rows.items() if name in result])

@@ -1,52 +1,31 @@
 """A run, assembled from its config: what all commands share. Building one compiles nothing and writes nothing."""
 
 import functools
-import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from diffusion_jax import data, families, latents, plugs, rng, settings
-from diffusion_jax.data import augment
+from diffusion_jax import data, latents, plugs, rng, settings, tree
+from diffusion_jax.cli import drawing
+from diffusion_jax.cli.model import NOTHING, Frozen, Model, assemble_model, standardising, thawed, weight_shapes
+from diffusion_jax.cli.workdir import config_of
+from diffusion_jax.data import augment, encoded
 from diffusion_jax.data.source import Dataset, to_float, to_uint8
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.evaluation import cost, features, likelihood, real, reconstruction, report
 from diffusion_jax.sampling import Sampler
 from diffusion_jax.training import logbook, loop, sharding
-from diffusion_jax.training.checkpoint import abstract_like
 from diffusion_jax.training.step import Trainer
-from diffusion_jax.types import Array, Batch, Family, ImageSpec, Tree, Weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """What a config says of the model: enough to sample, without the data.
-
-    Attributes:
-      config: nested plain dictionaries, as JSON keeps them.
-      options: the config's own sampling options.
-    """
-
-    config: dict[str, Any]
-    settings: settings.Settings
-    spec: ImageSpec
-    family: Family
-    mesh: Mesh
-    sampler: Sampler
-    options: Tree
-
-    def weights_like(self) -> Weights:
-        """Shapes and shardings of the weights."""
-        shapes = weight_shapes(self.family)
-        return abstract_like(shapes, sharding.infer({"params": shapes}, self.mesh, self.settings.mesh)["params"])
+from diffusion_jax.types import Array, Batch, Family, TrainState, Tree, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +35,38 @@ class Run(Model):
     dataset: Dataset
     trainer: Trainer
     augmentation: augment.Augmentation | None
+    frozen: Frozen = NOTHING
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def thawed(self, record: Mapping[str, Any] | None) -> "Run":
+        """The run with the frozen parameters that its family needs: those of `record`, or for a new run the newest.
+
+        `record` is what a checkpoint says of them: see `model.Trained.load`.
+        """
+        frozen = thawed(self, record)
+        if self.tokenizer and self.family.first_stage.measured and not record:
+            mean, std = self.encoded(frozen).moments()
+            frozen = standardising(frozen, self.mesh, mean, 1.0 / np.maximum(std, 1e-6))
+        return replace(self, frozen=frozen)
+
+    def encoded(self, frozen: Frozen) -> encoded.EncodedSource:
+        """The training images as the frozen tokenizer has them, from the cache or made now."""
+        first, size = self.family.first_stage, self.settings.sample.batch_size
+        act = lambda weights, keys, rows, options: first.encode(weights, rows["image"])
+        reader, weights = Sampler(act, self.spec, self.mesh, size), frozen.as_weights()
+        encode = lambda images: np.concatenate(list(reader.batches(weights, 0, {"image": images}, len(images), ())))
+        of = self.settings.data
+        what = (of.name, of.image_size, of.train_split, of.data_dir, first.dtype.__name__, frozen.about["hash"])
+        return encoded.fetch(self.dataset.train, what, encode)
 
     def feed(self) -> data.Feed:
-        """The training batches."""
-        train = self.settings.train
+        """The training batches; what a frozen tokenizer makes of images that are always the same is read from disk."""
+        train, source = self.settings.train, self.dataset.train
+        if self.tokenizer and not (self.settings.data.flip or self.augmentation):
+            source = self.encoded(self.frozen)
         return data.build_feed(
-            self.dataset,
+            source,
             batch_size=train.batch_size,
             seed=self.settings.seed,
             rows=NamedSharding(self.mesh, sharding.BATCH),
@@ -77,7 +82,8 @@ class Run(Model):
         """
         try:
             program = loop.compile_program(self.trainer, feed, self.mesh, self.settings.mesh, self.augmented)
-            jax.eval_shape(program.advance, program.abstract, feed.chunk(0, 1), jnp.int32(1), {})
+            given = feed.chunk(0, 1), jnp.int32(1), self.for_training()
+            jax.eval_shape(program.advance, program.abstract, *given)
         except (TypeError, ValueError, AttributeError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"this config cannot be trained ({type(error).__name__}: {reason[:200]}).") from error
@@ -89,20 +95,50 @@ class Run(Model):
             batch = augment.flip(batch, key)
         return self.augmentation(batch, key) if self.augmentation else batch
 
+    def for_training(self) -> dict[str, Tree]:
+        """The `frozen` of the training step."""
+        return self.frozen.as_weights() | self.perceptual()
+
+    def perceptual(self) -> dict[str, Tree]:
+        """What the losses find there beside a tokenizer: features of images, where they ask for some."""
+        if self.family.frozen is None:
+            return {}
+        everywhere = NamedSharding(self.mesh, P())
+        found = self.family.frozen(lambda: self.extractor.weights)
+        return jax.tree.map(lambda x: tree.place(np.asarray(x), everywhere), found)
+
+    def weights(self, state: TrainState) -> Weights:
+        """What to sample with: those of the averaging profile that the config names, and the frozen ones."""
+        return self.trainer.weights(state, self.settings.sample.ema) | self.frozen.as_weights()
+
+    # ------------------------------------------------------------------------------------------ evaluation
+
     @functools.cached_property
     def extractor(self) -> features.Features:
         """The space in which images are judged; fitted to the training images once, then kept in the user's cache."""
         return features.build(self.dataset)
 
-    def glance(self, weights: Weights) -> dict[str, Any]:
-        """A light judgement of samples with the config's own options, for the way: see `report.judge`."""
+    def glance(self, weights: Weights) -> dict[str, float]:
+        """Figures for the way: of a few samples with the config's own options, or of a tokenizer's reconstructions."""
         count = self.settings.evaluate.light_samples
+        if self.family.tokenizer:
+            return self.reconstruction(weights, count)
         rows = self.sampler.labels(count)
         images = self.sampler.draw(weights, self.settings.seed, rows, count, self.options)
-        return self.judge_samples(images, rows.get("label"), light=True)
+        judged = self.judge_samples(images, rows.get("label"), light=True)
+        return {name: row["value"] for name, row in judged["metrics"].items()}
+
+    def grid(self, weights: Weights, count: int) -> np.ndarray:
+        """Images u8[count,H,W,C] to look at, the classes in turn; of a tokenizer held-out ones, each beside its own."""
+        if not self.family.tokenizer:
+            return self.sampler.draw(weights, self.settings.seed, self.sampler.labels(count), count, self.options)
+        images, made = self.reconstructed(weights, count // 2)
+        return np.stack([images, made], axis=1).reshape(-1, *self.spec.shape)
 
     def evaluate(self, workdir: Path, weights: Weights, profile: str, step: int) -> dict[str, Any]:
         """What stands in evaluation.json: the judgement of samples with the config's own options, and what they cost.
+
+        A tokenizer has no samples of its own: held-out images and their reconstructions are judged instead.
 
         Args:
           workdir: of the run, whose metrics.jsonl says how long it trained.
@@ -117,21 +153,25 @@ class Run(Model):
         start = time.perf_counter()
         images = draw(count)
         seconds = (time.perf_counter() - start) / count
-        judged = self.judge_samples(images, rows.get("label"))
+        if self.family.tokenizer:
+            judged = {"reconstruction": self.reconstruction(weights, count)}
+        else:
+            judged = self.judge_samples(images, rows.get("label"))
         spent = {
             "parameters": cost.parameters(weights),
-            "training": self.training_cost(workdir, step),
+            "training": self.training_cost(workdir, step, weights),
             "sampling": self.sampling_cost(weights, self.options) | {"seconds": seconds},
             "device": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
         }
         return {"step": step, "ema": profile} | judged | {"cost": spent}
 
-    def training_cost(self, workdir: Path, step: int) -> dict[str, Any]:
+    def training_cost(self, workdir: Path, step: int, weights: Weights) -> dict[str, Any]:
         """Images, FLOPs and seconds of the first `step` steps; seconds are None for runs that did not keep them."""
         size = self.settings.train.batch_size
         state, batch = jax.eval_shape(self.trainer.init), cost.batch_like(self.family, self.spec, size)
-        flops = cost.training_flops(self.family, self.trainer.update, state, batch)
+        frozen = {name: of for name, of in weights.items() if name not in state.params} | self.perceptual()
+        flops = cost.training_flops(self.family, self.trainer.update, state, batch, frozen)
         seconds = logbook.seconds_until(workdir / "metrics.jsonl", step)
         return {
             "steps": step,
@@ -167,11 +207,16 @@ class Run(Model):
 
     def reconstruction(self, weights: Weights, count: int) -> dict[str, Any]:
         """How near `count` held-out images come to themselves, to the latent and back: see `reconstruction.judge`."""
+        return reconstruction.judge(*self.reconstructed(weights, count), self.extractor)
+
+    def reconstructed(self, weights: Weights, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(`count` held-out images, their reconstructions), u8[N,H,W,C] each."""
         rows = self.held_out(count)
+        options = self.family.sampling({**self.settings.sampling, **drawing.of_encoded(self.config)})
         act = functools.partial(latents.reconstruct, self.family.latent)
         back = Sampler(act, self.spec, self.mesh, self.settings.sample.batch_size)
-        made = back.draw(weights, self.settings.seed, rows, len(rows["index"]), self.options)
-        return reconstruction.judge(to_uint8(rows["image"], self.spec.levels), made, self.extractor)
+        made = back.draw(weights, self.settings.seed, rows, len(rows["index"]), options)
+        return to_uint8(rows["image"], self.spec.levels), made
 
     def held_out(self, count: int) -> dict[str, np.ndarray]:
         """`image`, `index` and, of data with classes, `label` of `count` held-out images (all, if there are fewer)."""
@@ -183,26 +228,6 @@ class Run(Model):
         """Judge images uint8 [N,H,W,C] against held-out images."""
         report.check(images, labels, self.dataset)
         return report.judge(images, labels, self.dataset, self.extractor, self.settings.evaluate, light=light)
-
-
-def assemble_model(config: Mapping[str, Any], spec: ImageSpec, mesh: Mesh | None = None) -> Model:
-    """Check a config and build its model for images of `spec`, on all devices where no mesh is given.
-
-    Raises:
-      UserError: naming the field, its value and what would be right.
-    """
-    checked = settings.from_config(config)
-    mesh = mesh or sharding.make_mesh(settings.MeshSettings())
-    family = families.build(checked.family, spec, checked.precision)
-    return Model(
-        config=plain(config),
-        settings=checked,
-        spec=spec,
-        family=family,
-        mesh=mesh,
-        sampler=Sampler(family.generate, spec, mesh, checked.sample.batch_size),
-        options=family.sampling(checked.sampling),
-    )
 
 
 def assemble(config: Mapping[str, Any], training: bool = True) -> Run:
@@ -249,11 +274,10 @@ def build_augmentation(text: str, family: Family) -> augment.Augmentation | None
     return augmentation
 
 
-def weight_shapes(family: Family) -> Weights:
-    """The family's weights as shapes."""
-    return jax.eval_shape(family.init, jax.random.key(0))[0]
+def open_run(workdir: str) -> Run:
+    """The run of a workdir with its data, on the devices that are here, however many it was trained on.
 
-
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as JSON gives it back: tuples are lists."""
-    return json.loads(json.dumps(config))
+    Raises:
+      UserError: where there is no readable config.
+    """
+    return assemble(config_of(workdir), training=False)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diffusion_jax.training.checkpoint import Checkpoints
     from diffusion_jax.training.logbook import Logbook
     from diffusion_jax.training.loop import Program, Task
-    from diffusion_jax.types import TrainState
+    from diffusion_jax.types import TrainState, Tree
 
 
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -49,12 +49,13 @@ def main(argv: Sequence[str]) -> None:
 
     from diffusion_jax.cli import run as runs
     from diffusion_jax.cli import runtime
-    from diffusion_jax.cli.workdir import check_config, keep_config
+    from diffusion_jax.cli.workdir import check_config, keep_config, tokenizer_record
     from diffusion_jax.training.checkpoint import Checkpoints
 
     runtime.prepare()
     run = runs.assemble(config)
     check_config(workdir, run.config, values.override)
+    run = run.thawed(tokenizer_record(workdir))
     feed = run.feed()
     program = run.program(feed)
     with files.locked(workdir):
@@ -91,6 +92,7 @@ def train(
     if start:
         print(f"going on from step {start} in {workdir}", file=sys.stderr)
     state = checkpoints.restore(program.abstract, start) if start else program.init()
+    frozen = run.for_training()
     with Logbook(workdir, start, settings.steps, settings.batch_size) as logbook:
 
         def log(step: int, metrics: dict[str, float]) -> None:
@@ -98,7 +100,7 @@ def train(
             logbook.warn(step, run.family.warnings(metrics))
 
         if start < settings.steps:
-            program = compiled(program, feed, start)
+            program = compiled(program, feed, start, frozen)
             logbook.rest()
         state, step = loop.run(
             program,
@@ -106,7 +108,7 @@ def train(
             state,
             start,
             settings,
-            frozen={},
+            frozen=frozen,
             tasks=tasks(run, workdir, checkpoints, logbook),
             log=log,
             stop=preemption.asked,
@@ -116,12 +118,12 @@ def train(
     return state, step
 
 
-def compiled(program: "Program", feed: "Feed", start: int) -> "Program":
+def compiled(program: "Program", feed: "Feed", start: int, frozen: "Tree") -> "Program":
     """The program, compiled now and not within the first step, so that its seconds are training's alone."""
     from diffusion_jax import tree
 
     count = tree.place(np.array(1, np.int32), program.abstract.step.sharding)
-    lowered = program.advance.lower(program.abstract, feed.chunk(start, 1), count, {})
+    lowered = program.advance.lower(program.abstract, feed.chunk(start, 1), count, frozen)
     return replace(program, advance=lowered.compile())
 
 
@@ -132,6 +134,7 @@ def save(run: "Run", checkpoints: "Checkpoints", state: "TrainState", step: int)
         print(f"step {step} is not saved: the last {streak} updates were not finite", file=sys.stderr)
     else:
         about = {"examples": step * run.settings.train.batch_size, "config": run.config, "spec": asdict(run.spec)}
+        about |= {"tokenizer": run.frozen.about} if run.tokenizer else {}
         checkpoints.save(state, step, about)
 
 
@@ -152,8 +155,8 @@ def tasks(run: "Run", workdir: Path, checkpoints: "Checkpoints", logbook: "Logbo
         logbook.rest()
 
     def judge(state: "TrainState", step: int) -> None:
-        result = run.glance(run.trainer.weights(state, settings.sample.ema))
-        logbook.write(step, {f"evaluate/{name}": row["value"] for name, row in result["metrics"].items()})
+        found = run.glance(run.weights(state))
+        logbook.write(step, {f"evaluate/{name}": value for name, value in found.items()})
         logbook.rest()
 
     return [
@@ -164,19 +167,18 @@ def tasks(run: "Run", workdir: Path, checkpoints: "Checkpoints", logbook: "Logbo
 
 
 def draw_grid(run: "Run", workdir: Path, state: "TrainState", step: int) -> Path:
-    """Write WORKDIR/samples/STEP.png: a hundred images, the classes in columns."""
+    """Write WORKDIR/samples/STEP.png: a hundred images, see `Run.grid`."""
     from diffusion_jax.cli import pictures
 
-    weights = run.trainer.weights(state, run.settings.sample.ema)
-    images = run.sampler.draw(weights, run.settings.seed, run.sampler.labels(100), 100, run.options)
     file = workdir / "samples" / f"{step}.png"
-    files.write_whole(file, pictures.png(images))
+    files.write_whole(file, pictures.png(run.grid(run.weights(state), 100)))
     return file
 
 
 def finish(run: "Run", workdir: Path, state: "TrainState", step: int) -> None:
     """The last grid, the full evaluation, and what to try next."""
-    from diffusion_jax.evaluation import cost, report
+    from diffusion_jax.cli.evaluate import render
+    from diffusion_jax.evaluation import report
 
     print(f"samples     {draw_grid(run, workdir, state, step)}")
     problem = report.too_small(run.dataset)
@@ -184,8 +186,10 @@ def finish(run: "Run", workdir: Path, state: "TrainState", step: int) -> None:
         print(f"not judged  {problem}")
     else:
         print(f"judging {run.settings.evaluate.num_samples} samples", file=sys.stderr)
-        profile = run.settings.sample.ema
-        result = run.evaluate(workdir, run.trainer.weights(state, profile), profile, step)
+        result = run.evaluate(workdir, run.weights(state), run.settings.sample.ema, step)
         files.write_json(workdir / "evaluation.json", result)
-        print(f"evaluation  {workdir / 'evaluation.json'}\n\n{report.render(result)}\n{cost.render(result['cost'])}")
-    print(f"\nNext:\n  diffusion-jax sample --workdir={workdir} --num_samples=100 --out=samples.png")
+        print(f"evaluation  {workdir / 'evaluation.json'}\n\n{render(result)}")
+    if run.family.tokenizer:
+        print(f"\nNext: a model over it, in whose config --config.family.tokenizer=workdir:{workdir}")
+    else:
+        print(f"\nNext:\n  diffusion-jax sample --workdir={workdir} --num_samples=100 --out=samples.png")

@@ -1,18 +1,14 @@
-"""A run's directory: what config it was begun with, and the weights in it."""
+"""A run's directory: the config that it was begun with, and its checkpoints."""
 
-import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax import families, files, plugs
-from diffusion_jax.cli.run import Model, Run, assemble, assemble_model, plain
+from diffusion_jax import families, files
 from diffusion_jax.errors import UserError
 from diffusion_jax.settings import common_fields
-from diffusion_jax.training import posthoc
 from diffusion_jax.training.checkpoint import Checkpoints
-from diffusion_jax.training.ema import Power, averaging_rules
-from diffusion_jax.types import ImageSpec, Weights
 
 
 def check_config(workdir: Path, config: Mapping[str, Any], override: bool) -> None:
@@ -73,57 +69,6 @@ def differences(saved: Mapping[str, Any] | None, config: Mapping[str, Any], path
     return found
 
 
-def open_run(workdir: str) -> Run:
-    """The run of a workdir with its data, on the devices that are here, however many it was trained on.
-
-    Raises:
-      UserError: where there is no readable config.
-    """
-    return assemble(config_of(workdir), training=False)
-
-
-def open_model(workdir: str, flag: str = "workdir") -> Model:
-    """The model of a workdir, which `flag` named, without its data: a checkpoint says what the images look like.
-
-    Raises:
-      UserError: where there is no readable config or no checkpoint.
-    """
-    config, checkpoints = config_of(workdir, flag), _checkpoints_of(workdir, flag)
-    spec = checkpoints.about(checkpoints.steps()[-1])["spec"]
-    return assemble_model(config, ImageSpec(**spec))
-
-
-def load_weights(model: Model, workdir: str, profile: str, step: int | None, prefix: str = "") -> tuple[Weights, int]:
-    """The weights of an averaging profile at a checkpoint, and its step; the newest where `step` is None.
-
-    `prefix` is that of the flags --workdir and --step, for errors.
-
-    "posthoc(std=0.1)" is an average that was never kept, made of the kept ones (see `training.posthoc`).
-
-    Raises:
-      UserError: for an unknown profile, or a checkpoint that is not there or cannot be read.
-    """
-    profiles = ("none", *model.settings.train.ema)
-    afterwards = plugs.parse("--ema", profile)[0] == "posthoc"
-    if profile not in profiles and not afterwards:
-        known = ", ".join((*profiles, "posthoc(std=...)"))
-        raise UserError(f"--ema={profile}: there is no such averaging profile; known: {known}.")
-    checkpoints = _checkpoints_of(workdir, f"{prefix}workdir")
-    steps = checkpoints.steps()
-    if step is not None and step not in steps:
-        raise UserError(f"--{prefix}step={step}: there is no such checkpoint; there are {', '.join(map(str, steps))}.")
-    step = steps[-1] if step is None else step
-    load = functools.partial(checkpoints.restore_weights, model.weights_like())
-    if not afterwards:
-        return load(step, profile), step
-    std = plugs.build("--ema", profile, {"posthoc": Power}).std
-    try:
-        stored = posthoc.snapshots(steps, averaging_rules(model.settings.train), step)
-    except UserError as error:
-        raise UserError(f"--ema={profile}: {error}") from None
-    return posthoc.combine(stored, std, step, load), step
-
-
 def config_of(workdir: str, flag: str = "workdir") -> dict[str, Any]:
     """The config of a workdir, which `flag` named.
 
@@ -136,7 +81,26 @@ def config_of(workdir: str, flag: str = "workdir") -> dict[str, Any]:
     return config
 
 
-def _checkpoints_of(workdir: str, flag: str) -> Checkpoints:
+def checkpoints_of(workdir: str, flag: str) -> Checkpoints:
+    """The checkpoints in a workdir, which `flag` named, to read.
+
+    Raises:
+      UserError: where there is none.
+    """
     if not has_checkpoints(Path(workdir)):
         raise UserError(f"--{flag}={workdir}: there is no checkpoint yet; go on training first.")
     return Checkpoints(Path(workdir))
+
+
+def tokenizer_record(workdir: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint in a workdir says of the frozen tokenizer; None where there is none of either."""
+    if not has_checkpoints(workdir):
+        return None
+    checkpoints = Checkpoints(workdir)
+    steps = checkpoints.steps()
+    return checkpoints.about(steps[-1]).get("tokenizer") if steps else None
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(config))

@@ -16,6 +16,7 @@ from diffusion_jax.settings import DataSettings
 
 KINDS = {
     "digits": "diffusion_jax.data.digits",
+    "digits_canvas": "diffusion_jax.data.digits_canvas",
     "stacked_digits": "diffusion_jax.data.stacked_digits",
     "tfds": "diffusion_jax.data.tfds",
     "folder": "diffusion_jax.data.folder",
@@ -24,7 +25,7 @@ KINDS = {
 
 
 def build(settings: DataSettings) -> Dataset:
-    """The data set that `settings.name` names: "digits", "stacked_digits", "tfds:NAME" or "folder:PATH".
+    """The data set that `settings.name` names: "digits_canvas", "tfds:NAME", "folder:PATH" or another row of `KINDS`.
 
     Raises:
       UserError: for an unknown kind, for a held-out split that is the training split, and whatever the kind refuses.
@@ -46,14 +47,14 @@ def build(settings: DataSettings) -> Dataset:
 
 
 def build_feed(
-    dataset: Dataset, *, batch_size: int, seed: int, rows: NamedSharding, steps_per_chunk: int, device_megabytes: int
+    source: Source, *, batch_size: int, seed: int, rows: NamedSharding, steps_per_chunk: int, device_megabytes: int
 ) -> Feed:
-    """The feed of `dataset.train`: on the devices where it fits into `device_megabytes`, else streamed through grain.
+    """The feed of `source`: on the devices where it fits into `device_megabytes`, else streamed through grain.
 
     Either gives the same batch for the same (seed, step).
 
     Args:
-      dataset: what to train on.
+      source: what to train on.
       batch_size: examples a step, over all devices.
       seed: of the order.
       rows: sharding of a batch's first axis.
@@ -61,13 +62,14 @@ def build_feed(
       device_megabytes: the most that training images may take on a device, whole sets and streamed chunks alike.
     """
     common = {"batch_size": batch_size, "seed": seed, "rows": rows}
-    if image_bytes(dataset.train) <= device_megabytes * 2**20:
-        return resident(dataset.train, **common, capacity=steps_per_chunk)
+    if image_bytes(source) <= device_megabytes * 2**20:
+        return resident(source, **common, capacity=steps_per_chunk)
     from diffusion_jax.data.stream import stream  # grain takes two seconds to import
 
-    return stream(dataset.train, **common, most=steps_per_chunk, megabytes=device_megabytes)
+    return stream(source, **common, most=steps_per_chunk, megabytes=device_megabytes)
 
 
 def image_bytes(source: Source) -> int:
-    """Bytes of all images of `source`, taking the first one's size for every one's."""
-    return len(source) * source[0]["image"].nbytes
+    """Bytes of all images of `source`, or of what they are encoded as, taking the first one's size for every one's."""
+    first = source[0]
+    return len(source) * first["image" if "image" in first else "encoded"].nbytes

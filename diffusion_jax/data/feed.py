@@ -42,16 +42,14 @@ class ResidentFeed:
     """The whole data set on every device, gathered inside the compiled step.
 
     Attributes:
-      image: [N,H,W,C], replicated.
-      label: i32[N] or None, replicated.
+      columns: `image` [N,H,W,C] (or what else the source has) and, with classes, `label` i32[N]; replicated.
       batch_size: examples a step.
       seed: of the order.
       rows: sharding of a batch's first axis.
       capacity: batches a chunk.
     """
 
-    image: Array
-    label: Array | None
+    columns: dict[str, Array]
     batch_size: int
     seed: int
     rows: NamedSharding
@@ -59,20 +57,16 @@ class ResidentFeed:
 
     def chunk(self, step: int, count: int) -> Tree:
         """The arrays, and i32[capacity, B] of indices into them."""
-        start, size = step * self.batch_size, self.image.shape[0]
+        start, size = step * self.batch_size, len(next(iter(self.columns.values())))
         index = order.examples(self.seed, start, self.capacity * self.batch_size, size)
         index = index.reshape(self.capacity, self.batch_size)
         sharding = NamedSharding(self.rows.mesh, P(None, *self.rows.spec))
-        return {
-            "image": self.image,
-            "label": self.label,
-            "index": tree.place(index, sharding),
-        }
+        return self.columns | {"index": tree.place(index, sharding)}
 
     def batch(self, chunk: Tree, i: Array) -> Batch:
         """Gather one batch."""
         chosen = chunk["index"][i]
-        columns = {key: chunk[key][chosen] for key in ("image", "label") if chunk[key] is not None}
+        columns = {key: chunk[key][chosen] for key in self.columns}
         return jax.lax.with_sharding_constraint(columns, self.rows) | {"index": positions(self.batch_size)}
 
 
@@ -83,12 +77,9 @@ def positions(batch_size: int) -> Array:
 
 def resident(source: Source, batch_size: int, seed: int, rows: NamedSharding, capacity: int) -> ResidentFeed:
     """Put a data set on the devices of `rows.mesh`."""
-    arrays = to_arrays(source)
     everywhere = NamedSharding(rows.mesh, P())
-    label = None if arrays.label is None else tree.place(arrays.label, everywhere)
     return ResidentFeed(
-        image=tree.place(arrays.image, everywhere),
-        label=label,
+        columns={name: tree.place(column, everywhere) for name, column in to_arrays(source).columns().items()},
         batch_size=batch_size,
         seed=seed,
         rows=rows,

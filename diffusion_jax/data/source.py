@@ -10,7 +10,10 @@ from diffusion_jax.types import ImageSpec
 
 
 class Source(Protocol):
-    """Images by index. `source[i]` is {"image": u8[H,W,C] or f32[H,W,C] in [-1,1]} and, with classes, "label": int."""
+    """Images by index. `source[i]` is {"image": u8[H,W,C] or f32[H,W,C] in [-1,1]} and, with classes, "label": int.
+
+    One that a tokenizer has read has "encoded" in the place of "image": see `data.encoded`.
+    """
 
     def __len__(self) -> int:
         """Number of images."""
@@ -37,6 +40,10 @@ class ArraySource:
         example = {"image": self.image[index]}
         return example if self.label is None else example | {"label": int(self.label[index])}
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """All of it by name."""
+        return {"image": self.image} | ({} if self.label is None else {"label": self.label})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
@@ -50,7 +57,7 @@ class Dataset:
 
 def to_arrays(source: Source) -> ArraySource:
     """All images of `source` in memory; images on disk are decoded by threads."""
-    if isinstance(source, ArraySource):
+    if hasattr(source, "columns"):  # it is in memory already
         return source
     count, first = len(source), source[0]
     image = np.empty((count, *first["image"].shape), first["image"].dtype)

@@ -46,8 +46,8 @@ class StreamFeed:
     def __init__(self, source: Source, batch_size: int, seed: int, rows: NamedSharding, capacity: int) -> None:
         first = source[0]
         self.capacity = capacity
-        self._shapes = {"image": first["image"].shape} | ({"label": ()} if "label" in first else {})
-        self._dtypes = {"image": first["image"].dtype, "label": np.dtype(np.int32)}
+        self._shapes = {key: np.shape(value) for key, value in first.items()}
+        self._dtypes = {key: np.dtype(np.int32) if key == "label" else value.dtype for key, value in first.items()}
         self._batch_size = batch_size
         self._rows = rows
         self._columns = local_rows(rows, batch_size)
@@ -58,7 +58,7 @@ class StreamFeed:
         self._next_step = 0
 
     def chunk(self, step: int, count: int) -> Tree:
-        """On the device: `image` [capacity,B,H,W,C] (and `label` i32[capacity,B]), zeros after the first `count`."""
+        """On the device: the source's columns [capacity,B,...], zeros after the first `count`."""
         size, columns = self._slabs.size, len(self._columns)
         if step != self._next_step:
             self._reader.set_state({"next_index": step * columns // size})

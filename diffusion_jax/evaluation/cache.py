@@ -26,14 +26,6 @@ def digest(images: np.ndarray, labels: np.ndarray | None, recipe: object) -> str
     return state.hexdigest()[:16]
 
 
-def fingerprint(arrays: Tree) -> str:
-    """Sixteen hexadecimal digits from the bits of the arrays themselves."""
-    state = hashlib.sha256()
-    for leaf in jax.tree.leaves(arrays):
-        state.update(np.ascontiguousarray(leaf).data)
-    return state.hexdigest()[:16]
-
-
 def path(name: str) -> Path:
     """Where the features with the digest `name` are kept."""
     return files.cache_directory() / "features" / f"{name}.npz"

@@ -5,6 +5,7 @@ FLOPs are twice the multiply-adds of products and convolutions, as `networks.flo
 
 from collections.abc import Callable
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,7 +19,11 @@ from diffusion_jax.types import Batch, Denoised, Family, ImageSpec, Player, Trai
 
 
 def training_flops(
-    family: Family, update: Callable[[Player, TrainState, Batch, Tree], Any], state: TrainState, batch: Batch
+    family: Family,
+    update: Callable[[Player, TrainState, Batch, Tree], Any],
+    state: TrainState,
+    batch: Batch,
+    frozen: Tree = MappingProxyType({}),
 ) -> float:
     """FLOPs of a step on `batch`: of each player's update, by the share of steps in which it is that player's turn.
 
@@ -30,15 +35,20 @@ def training_flops(
       update: (player, state, batch, frozen) -> anything, such as the trainer's.
       state: shapes suffice, as they do of `batch`.
       batch: see `batch_like`.
+      frozen: parameters of other models.
     """
-    turn = lambda player: multiply_adds_of(partial(update, player), state, batch, {})
+    turn = lambda player: multiply_adds_of(partial(update, player), state, batch, dict(frozen))
     return sum(2.0 * turn(player) / player.every for player in family.players)
 
 
 def batch_like(family: Family, spec: ImageSpec, size: int) -> Batch:
-    """Shapes of a training batch of `size` images."""
-    number = jax.ShapeDtypeStruct((size,), jnp.int32)
-    batch = {"image": jax.ShapeDtypeStruct((size, *spec.shape), jnp.float32), "index": number}
+    """Shapes of a training batch of `size` images, which a frozen tokenizer has read beforehand."""
+    number, first = jax.ShapeDtypeStruct((size,), jnp.int32), family.first_stage
+    batch = {"index": number}
+    if first:
+        batch["encoded"] = jax.ShapeDtypeStruct((size, *first.shape), first.dtype)
+    else:
+        batch["image"] = jax.ShapeDtypeStruct((size, *spec.shape), jnp.float32)
     batch |= {"label": number} if spec.num_classes else {}
     return batch | ({"augment": jax.ShapeDtypeStruct((size, family.augment), jnp.float32)} if family.augment else {})
 
@@ -46,7 +56,7 @@ def batch_like(family: Family, spec: ImageSpec, size: int) -> Batch:
 # ---------------------------------------------------------------------------------------------- sampling
 
 
-def evaluations(family: Family, spec: ImageSpec, weights: Weights, options: Tree) -> int:
+def evaluations(family: Family, spec: ImageSpec, weights: Weights, options: Tree) -> float:
     """How many images the network is given while image 0, of class 0, is made with `options` of `generate`.
 
     The image is made, so that the second half of guidance's doubled batch counts where it is evaluated and not where
@@ -65,22 +75,26 @@ def evaluations(family: Family, spec: ImageSpec, weights: Weights, options: Tree
 
 
 def sampling_flops(
-    family: Family, spec: ImageSpec, weights: Weights, options: Tree, batch_size: int, evaluations: int
+    family: Family, spec: ImageSpec, weights: Weights, options: Tree, batch_size: int, evaluations: float
 ) -> float:
     """FLOPs an image, sampled `batch_size` at once: of `generate`, or of so many evaluations where those are counted.
 
-    Gradients of a classifier, which guide some samplers, are not among them. `weights` may be shapes.
+    In the latter case what makes images of latents or tokens comes on top, once. Gradients of a classifier, which guide
+    some samplers, are not among them. `weights` may be shapes.
     """
     if family.counted is None:
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
         number = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         condition = {"label": number} if spec.num_classes else {}
         return 2.0 * multiply_adds_of(family.generate, weights, keys, condition, options) / batch_size
-    x, t = jax.ShapeDtypeStruct((1, *spec.shape), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    first, decoding = family.first_stage, 0.0
+    if first:
+        decoding = 2.0 * multiply_adds_of(first.decode, weights, jax.ShapeDtypeStruct((1, *first.shape), first.dtype))
+    x, t = jax.ShapeDtypeStruct((1, *(first or spec).shape), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
     label = jax.ShapeDtypeStruct((1,), jnp.int32) if spec.num_classes else None
     if family.run is not None:
         condition = {"label": label} if spec.num_classes else {}
-        return 2.0 * evaluations * multiply_adds_of(family.run, weights, condition)
+        return decoding + 2.0 * evaluations * multiply_adds_of(family.run, weights, condition)
 
     def ask(weights: Weights, *points: Any) -> list[Denoised]:
         denoise = family.denoise(weights)
@@ -88,14 +102,14 @@ def sampling_flops(
 
     # What prepares the weights is written as a forward pass of which little is computed, and that once for all steps.
     once = multiply_adds_of(ask, weights, (x, t, label)) - multiply_adds_of(ask, weights)
-    return 2.0 * evaluations * once
+    return decoding + 2.0 * evaluations * once
 
 
 # ---------------------------------------------------------------------------------------------- all of it
 
 
 def parameters(weights: Weights) -> dict[str, Any]:
-    """Numbers that are trained: `total`, and of each player in `players`."""
+    """Numbers that sampling or training needs: `total`, and of each player, and a frozen tokenizer, in `players`."""
     players = {name: tree.count(params) for name, params in weights.items()}
     return {"total": sum(players.values()), "players": players}
 

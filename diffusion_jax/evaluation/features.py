@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from diffusion_jax import tree
 from diffusion_jax.data.source import ArraySource, Dataset
 from diffusion_jax.evaluation import cache, extractors
 from diffusion_jax.evaluation.real import choose, quantise
@@ -92,7 +93,7 @@ def build(dataset: Dataset) -> Features:
     return Features(
         name=extractor.name,
         digest=digest,
-        fingerprint=cache.fingerprint(weights),
+        fingerprint=tree.fingerprint(weights),
         spec=spec,
         weights=jax.device_put(weights),
         forward=forward,

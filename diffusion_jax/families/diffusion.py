@@ -6,6 +6,8 @@ Read top to bottom: what a user sets; how it becomes a network, a prediction and
     y   = a(t) x0 + b(t) eps                  the prediction says what the network regresses on
     E w(t) |y - network(x_t, t, label)|^2     the objective draws t and weighs the error
     network -> (x0, eps) -> guided -> solver  the sampler
+
+x0 is the image, or what a frozen tokenizer makes of it: latents, standardised (Rombach et al. 2022).
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import networks, plugs, rng
+from diffusion_jax import networks, plugs, rng, tokenizers
 from diffusion_jax.diffusion import editing, guidance
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.editing import Walk
@@ -27,13 +29,14 @@ from diffusion_jax.diffusion.prediction import PREDICTIONS, Prediction, check_pa
 from diffusion_jax.diffusion.schedule import SCHEDULES, Learned, Schedule, logsnr
 from diffusion_jax.diffusion.solvers import DDIM, SOLVERS
 from diffusion_jax.diffusion.solvers.base import Solver, trajectory
-from diffusion_jax.diffusion.thresholding import THRESHOLDS, Threshold, thresholded
+from diffusion_jax.diffusion.thresholding import THRESHOLDS, NoThreshold, Threshold, thresholded
 from diffusion_jax.diffusion.time_sampling import QUANTILES, TIME_SAMPLINGS, Quantiles, TimeSampling
 from diffusion_jax.diffusion.weighting import WEIGHTINGS
 from diffusion_jax.errors import require
 from diffusion_jax.families.diffusion_classifier import NoisyClassifier
 from diffusion_jax.families.diffusion_edits import EDITS
 from diffusion_jax.settings import from_section
+from diffusion_jax.tokenizers import Stage, Tokenizer
 from diffusion_jax.types import (
     Array,
     Aux,
@@ -59,6 +62,7 @@ class FamilySettings:
 
     Attributes:
       network: from `networks.BACKBONES`.
+      tokenizer: from `tokenizers.TOKENIZERS`, or "workdir:PATH" of a run that trained one; its vectors are modelled.
       schedule: from `diffusion.schedule.SCHEDULES`, or "learned".
       prediction: from `diffusion.prediction.PREDICTIONS`.
       objective: from `diffusion.objectives.OBJECTIVES`.
@@ -72,6 +76,7 @@ class FamilySettings:
     """
 
     network: str = "dit"
+    tokenizer: str = "pixels"
     schedule: str = "rectified_flow"
     prediction: str = "velocity"
     objective: str = "denoising"
@@ -159,12 +164,14 @@ class Options:
 # ---------------------------------------------------------------------------------------------- how it is built
 
 
-def build(settings: FamilySettings, spec: ImageSpec, precision: str) -> Family:
-    """The family for images of `spec`, computing in `precision`.
+def build(settings: FamilySettings, spec: ImageSpec, precision: str, tokenizer: Tokenizer | None = None) -> Family:
+    """The family for images of `spec`, computing in `precision`; `tokenizer` is the trained one that it is over.
 
     Raises:
       UserError: for an unknown row or option, or rows that do not fit together.
     """
+    stage = Stage(tokenizer=tokenizers.build("family.tokenizer", settings.tokenizer, spec, tokenizer), by_vectors=True)
+    spec = replace(spec, size=stage.tokenizer.grid[0], channels=stage.tokenizer.width)
     schedule = plugs.build("family.schedule", settings.schedule, SCHEDULES | {"learned": Learned})
     time_sampling = plugs.build("family.time_sampling", settings.time_sampling, TIME_SAMPLINGS)
     weighting = plugs.build("family.weighting", settings.weighting, WEIGHTINGS)
@@ -192,6 +199,7 @@ def build(settings: FamilySettings, spec: ImageSpec, precision: str) -> Family:
     channels = objective(predicting(begun)).channels(spec.channels)
     return Model(
         spec=spec,
+        stage=stage,
         network=networks.build("family.network", settings.network, spec, precision, channels),
         schedule=schedule,
         begun=begun,
@@ -216,10 +224,12 @@ def _classifier(text: str, spec: ImageSpec, precision: str) -> NoisyClassifier:
 class Model:
     """The parts, put together. `null` = num_classes is the label that stands for no label.
 
+    `spec` is what x0 looks like, of images behind `stage`.
     `begun` is the schedule, or one that a learned schedule may begin as.
     """
 
     spec: ImageSpec
+    stage: Stage
     network: networks.Network
     schedule: Schedule | Learned
     begun: Schedule
@@ -246,14 +256,15 @@ class Model:
             init=self.init,
             generate=self.generate,
             sampling=self.sampling,
-            nll=self.nll,
+            nll=None if self.stage.measured else self.nll,
             dequantised=isinstance(self.likelihood, Flow),
             trajectory=self.trajectory,
             latent=Latent(shape=self.spec.shape, draw=self.noise, decode=self.decode, encode=self.encode),
-            edits={name: partial(edit, self) for name, edit in EDITS.items()},
+            edits={} if self.stage.measured else {name: partial(edit, self) for name, edit in EDITS.items()},
             denoise=self.bound,
             augment=self.network.augment,
             counted=self.counted,
+            first_stage=self.stage.first_stage(self.spec.shape),
             guided_by=lambda weak: replace(self, weak=weak).family(),
         )
 
@@ -312,7 +323,8 @@ class Model:
             augment = ctx.batch.get("augment")
             return self.predict(params["denoiser"], prediction, x, t, label, rng.fold(keys, 1), augment)
 
-        losses, t = self.objective(prediction).loss(predict, ctx.batch["image"], u, rng.fold(keys, 2))
+        x0 = self.stage.read(ctx.frozen, ctx.batch)
+        losses, t = self.objective(prediction).loss(predict, x0, u, rng.fold(keys, 2))
         return u, weights, losses, t
 
     def hide_labels(self, batch: Mapping[str, Array], keys: Array) -> Array | None:
@@ -337,7 +349,7 @@ class Model:
 
     def classifier_loss(self, params: Weights, ctx: Context) -> tuple[Array, Aux]:
         """What the classifier of noisy images minimises."""
-        image, label = ctx.batch["image"], ctx.batch["label"]
+        image, label = self.stage.read(ctx.frozen, ctx.batch), ctx.batch["label"]
         keys, prediction = rng.example_keys(ctx.key, ctx.batch["index"]), self.prediction(params)
         losses = self.classifier.loss(params["classifier"], prediction, self.time_sampling, image, label, keys)
         return jnp.mean(losses), Aux(metrics={}, extra=ctx.extra)
@@ -395,16 +407,18 @@ class Model:
     def decode(self, weights: Weights, noise: Array, keys: Array, condition: Condition, options: Options) -> Array:
         """The images f32[n,H,W,C] in [-1,1] that noise f32[n,H,W,C] leads to; keys key[n] for the solver."""
         walk = self.walk(weights, condition, options)
-        return jnp.clip(editing.decode(walk, noise, rng.fold(keys, 1)), -1.0, 1.0)
+        return self.stage.decode(weights, editing.decode(walk, noise, rng.fold(keys, 1)))
 
     def encode(self, weights: Weights, image: Array, keys: Array, condition: Condition, options: Options) -> Array:
         """The noise f32[n,H,W,C] that `decode` leads to `image`, by a solver of an ODE, which asks for no keys."""
-        return editing.encode(self.walk(weights, condition, options), image, keys)
+        return editing.encode(self.walk(weights, condition, options), self.stage.read(weights, {"image": image}), keys)
 
     def trajectory(self, weights: Weights, keys: Array, condition: Condition, options: Options, steps: int) -> Array:
         """All stops on the way, f32[n,steps + 1,H,W,C]; `steps` are those of `options`, as a Python number."""
         walk = self.walk(weights, condition, options)._replace(steps=steps)
         stops = trajectory(*walk, editing.first_stop(walk, self.noise(keys, options)), rng.fold(keys, 1))
+        if self.stage.measured:
+            stops = jax.vmap(partial(self.stage.decode, weights))(stops)
         return jnp.swapaxes(stops, 0, 1)
 
     def walk(self, weights: Weights, condition: Condition, options: Options) -> Walk:
@@ -444,6 +458,9 @@ class Model:
         rule = "must be 0 for a model without family.classifier"
         require(settings.classifier == 0.0 or self.classifier, "sample.classifier", settings.classifier, rule)
         grid = plugs.build("sample.grid", settings.grid, GRIDS)
+        threshold = plugs.build("sample.threshold", settings.threshold, THRESHOLDS)
+        fine = isinstance(threshold, NoThreshold) or not self.stage.measured
+        require(fine, "sample.threshold", settings.threshold, "must be none: latents have no range")
         rule = f"the grid {settings.grid} has {grid.steps} steps; set as many"
         require(grid.steps in (None, settings.steps), "sample.steps", settings.steps, rule)
         rule = f"the grid {settings.grid} has no more than {grid.most} stops"
@@ -459,7 +476,7 @@ class Model:
             autoguidance=jnp.float32(away),
             autoguidance_rules=_rules("sample.autoguidance_rules", away_rules, solver),
             classifier=jnp.float32(settings.classifier),
-            threshold=plugs.build("sample.threshold", settings.threshold, THRESHOLDS),
+            threshold=threshold,
             temperature=jnp.float32(settings.temperature),
         )
 

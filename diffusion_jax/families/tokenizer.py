@@ -7,6 +7,7 @@ images without an image.
     autoencoder:    E [error(x, x') + bottleneck's own loss] + lambda E l_G(J(x), J(x'))
     discriminator:  E l_D(J(x), J(x'))                                        moves first, judges each patch of x'
 
+    error  = |x - x'| or |x - x'|^2, and a weight times a perceptual distance where one is named
     lambda = weight |grad_W E error| / (|grad_W E l_G| + 10^-4)               W: kernel of the decoder's last layer
 
 (Esser et al. 2021, eq. 4 to 7; 10^-4 as in CompVis/taming-transformers.) The norms in lambda are of a whole batch,
@@ -25,12 +26,14 @@ import jax.numpy as jnp
 from diffusion_jax import plugs, rng, tree
 from diffusion_jax.adversarial.losses import LOSSES, Loss
 from diffusion_jax.errors import require
+from diffusion_jax.networks import presets
 from diffusion_jax.networks import tokenizer as networks
 from diffusion_jax.settings import from_section
 from diffusion_jax.tokenizers import autoencoder
 from diffusion_jax.tokenizers.autoencoder import Autoencoder
 from diffusion_jax.tokenizers.bottlenecks import codes
 from diffusion_jax.tokenizers.bottlenecks.base import Passed
+from diffusion_jax.tokenizers.perceptual import PERCEPTUALS, Perceptual
 from diffusion_jax.types import Array, Aux, Condition, Context, Family, ImageSpec, Latent, Player, Tree, Weights
 
 # ---------------------------------------------------------------------------------------------- what a user sets
@@ -43,7 +46,7 @@ ERRORS = {
 
 
 COLLAPSED = 0.1
-"""Share of codes in use below which a codebook has collapsed."""
+"""Share of codes in use, over the share that can have been seen, below which a codebook has collapsed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,10 @@ class FamilySettings:
 
     Attributes:
       network: from `networks.tokenizer.CODECS`, the encoder and the decoder.
-      bottleneck: from `tokenizers.bottlenecks.BOTTLENECKS`.
+      bottleneck: from `tokenizers.bottlenecks.BOTTLENECKS`; where empty, the one that a preset of `network` was
+        published with, or vq.
       error: from `ERRORS`, of the reconstruction.
+      perceptual: from `tokenizers.perceptual.PERCEPTUALS`, a distance beside the error; none where empty.
       discriminator: from `networks.tokenizer.DISCRIMINATORS`; none where empty.
       loss: from `adversarial.losses.LOSSES`.
       balance: from `BALANCES`, the weight of the adversarial loss.
@@ -62,8 +67,9 @@ class FamilySettings:
     """
 
     network: str = "vqgan(channels=32,multipliers=(1,2),blocks=1)"
-    bottleneck: str = "vq"
+    bottleneck: str = ""
     error: str = "l1"
+    perceptual: str = ""
     discriminator: str = ""
     loss: str = "hinge"
     balance: str = "adaptive"
@@ -164,16 +170,23 @@ def build(settings: FamilySettings, spec: ImageSpec, precision: str) -> Family:
     Raises:
       UserError: for an unknown row or option, or networks that do not fit `spec`.
     """
-    judge = settings.discriminator
+    judge, seen = settings.discriminator, settings.perceptual
     return Model(
-        autoencoder=autoencoder.build(settings.network, settings.bottleneck, spec, precision),
+        autoencoder=autoencoder.build(settings.network, _bottleneck(settings), spec, precision),
         discriminator=networks.build_discriminator("family.discriminator", judge, spec, precision) if judge else None,
         error=ERRORS[settings.error],
+        perceptual=plugs.build("family.perceptual", seen, PERCEPTUALS, spec=spec) if seen else None,
         loss=plugs.build("family.loss", settings.loss, LOSSES),
         balance=plugs.build("family.balance", settings.balance, BALANCES),
         start=settings.discriminator_start,
         rate=settings.discriminator_rate,
     ).family()
+
+
+def _bottleneck(settings: FamilySettings) -> str:
+    """The bottleneck that the config names, or that belongs to its network."""
+    network = plugs.parse("family.network", settings.network)[0]
+    return settings.bottleneck or (network if network in presets.FIRST_STAGES else "vq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +196,7 @@ class Model:
     autoencoder: Autoencoder
     discriminator: networks.Discriminator | None
     error: Callable[[Array, Array], Array]
+    perceptual: Perceptual | None
     loss: Loss
     balance: Balance
     start: int
@@ -192,7 +206,8 @@ class Model:
         """What everyone else sees of the model."""
         players = [Player(name="autoencoder", loss=self.autoencoder_loss, settle=self.settle)]
         if self.discriminator:
-            players.insert(0, Player(name="discriminator", loss=self.discriminator_loss, rate=self.rate))
+            judge = Player(name="discriminator", loss=self.discriminator_loss, rate=self.rate, start=self.start)
+            players.insert(0, judge)
         return Family(
             name="tokenizer",
             players=tuple(players),
@@ -201,6 +216,8 @@ class Model:
             sampling=self.sampling,
             latent=Latent(shape=self.shape, draw=self.draw, decode=self.decode, encode=self.encode),
             warnings=self.warnings,
+            frozen=self.frozen if self.perceptual else None,
+            tokenizer=self.autoencoder.tokenizer("autoencoder"),
         )
 
     def init(self, key: Array) -> tuple[Weights, Tree]:
@@ -229,23 +246,16 @@ class Model:
         return self.discriminator.apply(params["discriminator"], x)
 
     def discriminator_loss(self, params: Weights, ctx: Context) -> tuple[Array, Aux]:
-        """E l_D(J(x), J(x')) over patches, from step `start` on."""
-
-        def play() -> tuple[Array, Array, Array]:
-            real = self.judged(params, ctx.batch["image"])
-            fake = self.judged(params, self.reconstructed(params, ctx)[0])
-            return jnp.mean(self.loss.discriminator(real, fake)), jnp.mean(real), jnp.mean(fake)
-
-        def wait() -> tuple[Array, Array, Array]:
-            return jnp.float32(0.0), jnp.float32(jnp.nan), jnp.float32(jnp.nan)
-
-        loss, real, fake = jax.lax.cond(ctx.step >= self.start, play, wait)
-        return loss, Aux(metrics={"real": real, "fake": fake}, extra=ctx.extra)
+        """E l_D(J(x), J(x')) over patches."""
+        real = self.judged(params, ctx.batch["image"])
+        fake = self.judged(params, self.reconstructed(params, ctx)[0])
+        loss = jnp.mean(self.loss.discriminator(real, fake))
+        return loss, Aux(metrics={"real": jnp.mean(real), "fake": jnp.mean(fake)}, extra=ctx.extra)
 
     def autoencoder_loss(self, params: Weights, ctx: Context) -> tuple[Array, Aux]:
         """E [error + the bottleneck's loss], and lambda E l_G from step `start` on."""
         made, passed = self.reconstructed(params, ctx)
-        errors = self.error(ctx.batch["image"], made)
+        errors = self.apart(ctx, made)
         loss, extra = jnp.mean(errors + passed.loss), {"bottleneck": passed.extra}
         metrics = {"error": jnp.mean(errors)} | passed.metrics
         if self.discriminator:
@@ -260,6 +270,18 @@ class Model:
             extra["gradients"] = gradients
         return loss, Aux(metrics=metrics, extra=extra)
 
+    def apart(self, ctx: Context, made: Array) -> Array:
+        """How far the batch's images and what is `made` of them are apart, f32[B]."""
+        image = ctx.batch["image"]
+        errors = self.error(image, made)
+        if self.perceptual is None:
+            return errors
+        return errors + self.perceptual.weight * self.perceptual(ctx.frozen["perceptual"], image, made)
+
+    def frozen(self, classifier: Callable[[], Tree]) -> Tree:
+        """See `Family.frozen`."""
+        return {"perceptual": self.perceptual.load(classifier)}
+
     def adversarial(
         self, params: Weights, ctx: Context, made: Array, z: Array, gradients: Gradients
     ) -> tuple[Array, Gradients]:
@@ -272,10 +294,11 @@ class Model:
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """`collapse`, once few of the codes are in use."""
-        name = "autoencoder/usage" if self.discriminator else "usage"
-        usage, codebook = metrics.get(name, 1.0), self.autoencoder.vocabulary
+        of_player = "autoencoder/" if self.discriminator else ""
+        usage, usable = (metrics.get(f"{of_player}{name}", 1.0) for name in ("usage", "usable"))
+        codebook = self.autoencoder.vocabulary
         rule = f"of {codebook} codes {usage:.1%} are in use; fewer codes, or a bottleneck that revives them, may help"
-        return {"collapse": rule} if usage < COLLAPSED else {}
+        return {"collapse": rule} if usage < COLLAPSED * usable else {}
 
     # ------------------------------------------------------------------------------------------ balance
 
@@ -300,7 +323,7 @@ class Model:
             lambda kernel: self.autoencoder.codec.decode(with_last_kernel(params, kernel), z), last_kernel(params)
         )
         slope = lambda loss: pull(jax.grad(lambda made: jnp.sum(loss(made)))(made))[0]
-        error = slope(lambda made: self.error(ctx.batch["image"], made))
+        error = slope(lambda made: self.apart(ctx, made))
         more = gradients._replace(
             error=gradients.error + error,
             adversarial=gradients.adversarial + slope(fooled),
@@ -314,7 +337,9 @@ class Model:
     def shape(self) -> tuple[int, ...]:
         """Of what an image is made from: its latents, or one number for each digit of each code."""
         between = self.autoencoder.bottleneck
-        return (*self.autoencoder.grid, len(between.digits) or between.latents)
+        if between.digits:
+            return (*self.autoencoder.places, len(between.digits))
+        return (*self.autoencoder.grid, between.latents)
 
     def generate(self, weights: Weights, keys: Array, condition: Condition, options: Tree) -> Array:
         """Images f32[n,H,W,C] in [-1,1], one for each of keys key[n], of latents N(0, 1) or codes drawn uniformly.
@@ -328,7 +353,11 @@ class Model:
         return rng.normal(keys, self.shape)
 
     def decode(self, weights: Weights, z: Array, keys: Array, condition: Condition, options: Tree) -> Array:
-        """The images f32[n,H,W,C] in [-1,1] of z f32[n,h,w,d]: latents, or codes as `codes.of_normal` reads them."""
+        """The images f32[n,H,W,C] in [-1,1] of z f32[n,h,w,d]: latents, or codes as `codes.of_normal` reads them.
+
+        The way from one z to another means something where a digit's values are in order, as latents and the digits of
+        fsq and lfq are. The numbers of a codebook's codes are not: there a walk jumps from one code to any other.
+        """
         bases = self.autoencoder.bottleneck.digits
         return self.autoencoder.decode(weights["autoencoder"], codes.of_normal(z, bases) if bases else z)
 

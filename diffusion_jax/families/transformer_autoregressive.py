@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import rng
-from diffusion_jax.errors import require
+from diffusion_jax.families import transformer_draws
 from diffusion_jax.families.transformer_draws import Options, Shown, cross_entropy, draw
 from diffusion_jax.networks.sequence import Causal
 from diffusion_jax.types import Array, Metrics, TokenSpec, Tree
@@ -23,6 +23,8 @@ class Autoregressive:
 
     network: Causal
     tokens: TokenSpec
+
+    reads = transformer_draws.READS
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, Causal):
@@ -40,15 +42,8 @@ class Autoregressive:
         """-log p(tokens) f32[B] of tokens i32[B,T]."""
         return jnp.sum(cross_entropy(self.network.apply(params, tokens, label, None), tokens), axis=1)
 
-    def options(self, steps: int, choice_temperature: float, **shared: Array) -> Options:
-        """Options of `generate`.
-
-        Raises:
-          UserError: for an option of another way of decoding.
-        """
-        require(steps == 0, "sample.steps", steps, "autoregressive decoding takes a step a token; leave it out")
-        rule = "autoregressive decoding does not read it; leave it out"
-        require(choice_temperature == -1.0, "sample.choice_temperature", choice_temperature, rule)
+    def options(self, **shared: Array) -> Options:
+        """Options of `generate`."""
         return Options(**shared)
 
     def generate(self, params: Tree, keys: Array, shown: Shown, options: Options) -> Array:

@@ -1,12 +1,15 @@
 """What all ways of decoding share: how a token is drawn from logits, how labels guide, how wrong logits are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_jax import rng
 from diffusion_jax.types import Array
+
+READS = ("guidance", "temperature", "top_k", "top_p")
+"""The fields of the config's `sample` section that become `Options`."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +85,12 @@ class Shown:
     def copies(self) -> int:
         """How often each image stands in the batch."""
         return 1 if self.weight is None else 2
+
+    def grown(self, share: Array, grows: Array) -> "Shown":
+        """With the weight 1 + (weight - 1) share where it `grows` bool[]: from 1 on, as the share f32[...] from 0."""
+        if self.weight is None:
+            return self
+        return replace(self, weight=jnp.where(grows, 1.0 + (self.weight - 1.0) * share, self.weight))
 
     def repeated(self, x: Array) -> Array:
         """[n,...] -> [copies * n,...]."""

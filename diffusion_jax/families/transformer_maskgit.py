@@ -55,6 +55,8 @@ class MaskGIT:
     network: Masked
     tokens: TokenSpec
 
+    reads = (*transformer_draws.READS, "steps", "choice_temperature")
+
     def __post_init__(self) -> None:
         if not isinstance(self.network, Masked):
             raise ValueError("needs a network of masked tokens, such as maskgit")

@@ -4,7 +4,7 @@ A preset takes options like any other row, and they win: `"dit-xl/2(dropout=0.1)
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusion_jax import plugs
@@ -239,10 +239,9 @@ def _llamagen() -> dict[str, Transformer]:
 
 def _var() -> dict[str, Transformer]:
     """Tian et al. 2024, section 4.1: width = 64 depth, as many heads as blocks."""
+    tokens = replace(_codes(4096, 32), scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
     return {
-        f"var-d{depth}": Transformer(
-            text=f"var(width={64 * depth},depth={depth},heads={depth})", tokens=_codes(4096, 32)
-        )
+        f"var-d{depth}": Transformer(text=f"var(width={64 * depth},depth={depth},heads={depth})", tokens=tokens)
         for depth in (16, 20, 24, 30)
     }
 

@@ -26,19 +26,21 @@ SCHEDULES = (
 OPTIMIZERS = ("adam", "adamw", "adafactor", "lamb", "lion", "nadam", "nadamw", "radam", "rmsprop", "sgd")
 
 
-def build(train: TrainSettings, every: int = 1) -> optax.GradientTransformation:
+def build(train: TrainSettings, every: int = 1, start: int = 0) -> optax.GradientTransformation:
     """Clip by global norm where asked, then the optimizer with its learning-rate schedule.
 
     Args:
       train: the config's `train` section.
       every: steps from one update to the next; the schedule is one of steps.
+      start: step of the first update, or before it.
 
     Raises:
       UserError: for a name that optax does not have, or an option that its function does not take.
     """
     table = {name: getattr(optax, name) for name in OPTIMIZERS}
     rate = learning_rate(train)
-    of_update = rate if every == 1 else lambda count: rate(every * count)
+    first = -(-start // every) * every
+    of_update = rate if (every, first) == (1, 0) else lambda count: rate(first + every * count)
     optimizer = plugs.build("train.optimizer", train.optimizer, table, learning_rate=of_update)
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
     return _with_optax_promotion(optax.chain(clip, optimizer))

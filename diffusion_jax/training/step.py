@@ -24,7 +24,7 @@ class Trainer:
         self.family = family
         self.train = train
         self.seed = seed
-        self.optimizers = {player.name: optimizer.build(train, player.every) for player in family.players}
+        self.optimizers = {player.name: optimizer.build(train, player.every, player.start) for player in family.players}
         self.rules = ema.averaging_rules(train)
 
     def init(self) -> TrainState:
@@ -44,7 +44,7 @@ class Trainer:
 
         Args:
           state: as `init` or the step before left it.
-          batch: `image` u8 or f32 in [-1,1] [B,H,W,C], `label`, `index`.
+          batch: `image` u8 or f32 in [-1,1] [B,H,W,C], or `encoded`; `label`, `index`.
           frozen: parameters of other models.
 
         Returns:
@@ -52,7 +52,8 @@ class Trainer:
           left out and counted. After `max_skipped` such steps in a row nothing changes any more but `step`: the loop
           will find out at its next log line, and the parameters will not have moved meanwhile.
         """
-        batch = {**batch, "image": as_float(batch["image"])}
+        if "image" in batch:
+            batch = {**batch, "image": as_float(batch["image"])}
         finite, metrics, new = jnp.bool_(True), {}, state
         for player in self.family.players:
             new, fine, seen = self.turn(player, new, batch, frozen)
@@ -76,7 +77,10 @@ class Trainer:
             metrics = jax.eval_shape(act)[2]
             return state, jnp.bool_(True), jax.tree.map(lambda m: jnp.full(m.shape, jnp.nan, m.dtype), metrics)
 
-        return act() if player.every == 1 else jax.lax.cond(state.step % player.every == 0, act, rest)
+        if player.every == 1 and player.start == 0:
+            return act()
+        due = (state.step % player.every == 0) & (state.step >= player.start)
+        return jax.lax.cond(due, act, rest)
 
     def update(
         self, player: Player, state: TrainState, batch: Batch, frozen: Tree

@@ -12,6 +12,8 @@ from sklearn.datasets import load_digits
 from diffusion_jax import families
 from diffusion_jax.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = [
     "--config=configs/digits.py:diffusion",
     "--config.family.network=dit(patch=4,width=32,depth=1,heads=2)",
@@ -129,6 +131,18 @@ def test_interpolation_begins_and_ends_at_its_ends(workdir, pictures, tmp_path):
     flags = ["--edit=interpolate", files, "--label=4", "--steps=200", "--threshold=none", "--frames=3"]
     images = run("edit", workdir, tmp_path, *flags)["images"].astype(float)
     assert np.abs(images[[0, -1]] - np.stack(ends)).mean() < 8.0
+
+
+def test_between_images_each_end_has_its_own_label(workdir, pictures, tmp_path):
+    """There and back under one label leads to the image itself, if that is the label it was encoded under."""
+    given, flags = load(pictures), ["--steps=200", "--threshold=none", "--guidance=20.0"]
+    np.savez(tmp_path / "ends.npz", images=given["images"][:2], label=given["label"][:2])
+    assert given["label"][0] != given["label"][1]
+    file = run(
+        "edit", workdir, tmp_path, "--edit=interpolate", f"--images={tmp_path / 'ends.npz'}", "--frames=4", *flags
+    )
+    np.testing.assert_array_equal(file["label"], np.repeat(given["label"][:2], 2))
+    assert np.abs(file["images"][[0, -1]].astype(float) - given["images"][:2]).mean() < 8.0
 
 
 def test_between_seeds_nothing_is_encoded(workdir, tmp_path):
@@ -299,7 +313,8 @@ def test_autoguidance_needs_a_worse_model(workdir, tmp_path, capsys, flag):
         (["--edit=interpolate", "--seeds=1,2", "--label=1", "--solver=ddpm"], ["sample.solver = 'ddpm'"]),
         (["--edit=interpolate"], ["--edit = 'interpolate'", "two seeds", "--seeds=0,1", "two --images"]),
         (["--edit=interpolate", "--images=IMAGES", "--seeds=1,2"], ["--edit = 'interpolate'", "not both"]),
-        (["--edit=interpolate", "--seeds=1,2"], ["--label is missing"]),
+        (["--edit=interpolate", "--images=MASK,MASK"], ["--label is missing", "the images have no labels"]),
+        (["--edit=interpolate", "--seeds=1,2", "--label=10"], ["--label=10", "[0, 10)"]),
     ],
 )
 def test_edit_refuses(workdir, pictures, tmp_path, capsys, flags, words):
@@ -336,11 +351,13 @@ def test_what_a_family_cannot_do_is_refused_by_its_name(one_way, workdir, pictur
 
 
 def test_seeds_of_a_family_without_encoder_are_interpolated(one_way, workdir, tmp_path):
-    flags = ["--edit=interpolate", "--seeds=5,6", "--label=4", "--frames=2"]
-    frames = run("edit", workdir, tmp_path, *flags)["images"].astype(float)
-    for seed, frame in zip((5, 6), frames, strict=True):
-        end = run("sample", workdir, tmp_path, "--num_samples=1", "--label=4", f"--seed={seed}")["images"][0]
-        np.testing.assert_allclose(frame, end, atol=16.0)  # rounded to one level
+    """Without --label, as `sample` makes image 0: of class 0."""
+    file = run("edit", workdir, tmp_path, "--edit=interpolate", "--seeds=5,6", "--frames=2")
+    np.testing.assert_array_equal(file["label"], [0, 0])
+    for seed, frame in zip((5, 6), file["images"].astype(float), strict=True):
+        end = run("sample", workdir, tmp_path, "--num_samples=1", f"--seed={seed}")
+        np.testing.assert_array_equal(end["label"], [0])
+        np.testing.assert_allclose(frame, end["images"][0], atol=16.0)  # rounded to one level
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from PIL import Image
 
 from diffusion_jax.cli import arguments
 from diffusion_jax.cli.main import main
-from diffusion_jax.cli.run import assemble
+from diffusion_jax.cli.model import load_weights
+from diffusion_jax.cli.run import assemble, open_run
 from diffusion_jax.cli.workdir import keep_config
+from diffusion_jax.families import gan, vae
 from diffusion_jax.training.checkpoint import Checkpoints
 
 SMALL = {
@@ -138,7 +140,9 @@ def test_every_family_is_traversed(of_family, tmp_path):
 
 
 def test_between_seeds_every_family_goes_from_sample_to_sample(of_family, tmp_path):
-    own = lambda command, *flags: run(command, of_family[1], tmp_path, "--label=4", "--batch_size=8", *flags)["images"]
+    """Of a GAN under truncation, too, which both commands read alike."""
+    more = ["--label=4", "--batch_size=8", *(["--truncation=normal(bound=0.5)"] if of_family[0] == "gan" else [])]
+    own = lambda command, *flags: run(command, of_family[1], tmp_path, *more, *flags)["images"]
     frames = own("edit", "--edit=interpolate", "--seeds=5,6", "--frames=3").astype(float)
     ends = np.concatenate([own("sample", "--num_samples=1", f"--seed={seed}") for seed in (5, 6)])
     np.testing.assert_allclose(frames[[0, 2]], ends, atol=16.0)  # rounded to one level
@@ -164,6 +168,36 @@ def test_images_are_encoded_where_the_family_can(of_family, tmp_path, capsys, co
         assert "the family gan has no encoder" in capsys.readouterr().err
     else:
         assert len(run(command, workdir, tmp_path, *flags)["images"]) == count
+
+
+@pytest.mark.parametrize("command", ["traverse --num_dimensions=1", "edit --edit=reconstruct"])
+def test_where_images_are_encoded_the_mean_is_shown(of_family, tmp_path, command):
+    """Unless --show says otherwise: a draw lies around it, and is another for another seed."""
+    name, workdir = of_family
+    if name == "gan":
+        pytest.skip("has no encoder")
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "two.npz", images=images, label=np.arange(2, dtype=np.int32))
+    command, *flags = [*command.split(), f"--images={tmp_path / 'two.npz'}", "--batch_size=8"]
+    plain, mean, drawn, again = (
+        run(command, workdir, tmp_path, *flags, *more)["images"]
+        for more in ([], ["--show=mean"], ["--show=draw"], ["--show=draw", "--seed=1"])
+    )
+    np.testing.assert_array_equal(plain, mean)
+    assert np.mean(drawn != mean) > 0.1
+    assert np.mean(drawn != again) > 0.1
+
+
+def test_a_judged_reconstruction_is_the_mean(of_family):
+    """As `edit --edit=reconstruct` shows it: the seed draws nothing, whatever `sample.show` says."""
+    name, workdir = of_family
+    if name == "gan":
+        pytest.skip("has no encoder")
+    opened = open_run(str(workdir))
+    weights, _ = load_weights(opened, str(workdir), "main", None)
+    other = replace(opened, settings=replace(opened.settings, seed=7))
+    assert opened.settings.sampling["show"] == "draw"
+    assert opened.reconstruction(weights, 60) == other.reconstruction(weights, 60)
 
 
 # ------------------------------------------------------------------------------------------ what is refused
@@ -200,6 +234,14 @@ def test_traverse_refuses(workdir, tmp_path, capsys, flags, words):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert all(word in line for word in words), line
     assert not (tmp_path / "y.npz").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "edit", "traverse"])
+def test_help_names_the_rows_of_what_gans_and_vaes_show(capsys, command):
+    assert main([command, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for flag, known in (("truncation", gan.TRUNCATIONS), ("show", vae.SHOWN)):
+        assert f"Rows: {', '.join(sorted(known))} " in text.split(f" --{flag} ")[-1]
 
 
 def test_what_a_family_cannot_do_is_said_before_anything_is_drawn(of_family, tmp_path, capsys):

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from diffusion_jax.cli.config import base
-from diffusion_jax.cli.run import plain
-from diffusion_jax.cli.workdir import check_config, completed, differences, saved_config
+from diffusion_jax.cli.workdir import check_config, completed, differences, plain, saved_config
 from diffusion_jax.errors import UserError
 
 

@@ -107,11 +107,13 @@ DIFFUSION = {
 # ------------------------------------------------------------------------------------------ GAN
 
 R3GAN = "r3gan(channels_base=64,channels_max=8,blocks=1,group=16)"
+STYLEGAN2 = "stylegan2(mapping_layers=1,channels_base=32,channels_max=4,{})"
+NORMAL = ("normal(bound=2.0)", "normal(bound=0.5)")
 
 
-def gan(generator, discriminator, spec=LABELLED, **fields):
+def gan(generator, discriminator, spec=LABELLED, truncation=NORMAL, **fields):
     section = {"name": "gan", "generator": generator, "discriminator": discriminator, **fields}
-    return Variant(section=section, spec=spec, options={"truncation": ("normal(bound=2.0)", "normal(bound=0.5)")})
+    return Variant(section=section, spec=spec, options={"truncation": truncation})
 
 
 GAN = {
@@ -126,6 +128,17 @@ GAN = {
         regularisers="gradient_penalty",
         spectral_norm="both",
         augmentation="ada(start=0.5,geometry=False,color=False)",
+    ),
+    "gan-stylegan2": gan(
+        STYLEGAN2.format("latent=4,style=4"),
+        STYLEGAN2.format("group=2"),
+        truncation=("style(psi=0.9)", "style(psi=0.3)"),
+        loss="non_saturating",
+        regularisers="r1(every=2)",
+        augmentation="diffaugment(policy='translation,cutout')",
+    ),
+    "gan-hinge": gan(
+        "dcgan(width=8)", R3GAN, loss="hinge", regularisers="gradient_penalty(every=2)", discriminator_rate=2.0
     ),
 }
 
@@ -158,7 +171,8 @@ DRAWS = {"guidance": (1.5, 3.0), "temperature": (1.0, 0.3), "top_k": (0, 2), "to
 def transformer(network, spec=LABELLED, options=None, **fields):
     options = {key: pair for key, pair in DRAWS.items() if spec.num_classes or key != "guidance"} | (options or {})
     section = {"name": "transformer", "network": network, **fields}
-    return Variant(section=section, spec=spec, options=options, exact="decoding" not in fields)
+    exact = fields.get("decoding", "autoregressive") in ("autoregressive", "var")
+    return Variant(section=section, spec=spec, options=options, exact=exact)
 
 
 TRANSFORMER = {
@@ -169,6 +183,29 @@ TRANSFORMER = {
         decoding="maskgit",
         label_smoothing=0.1,
         options={"steps": (4, 9), "choice_temperature": (4.5, 0.5)},
+    ),
+    "transformer-var": transformer(
+        "var(width=16,depth=1,heads=2,dropout=0.1)",
+        decoding="var",
+        tokenizer="pyramid",
+        options={"guidance_schedule": ("linear", "constant")},
+    ),
+    "transformer-mar": Variant(
+        section={
+            "name": "transformer",
+            "network": "mar(width=16,depth=1,heads=2,buffer=2,mlp_width=16,mlp_depth=1,dropout=0.1)",
+            "decoding": "mar",
+            "tokenizer": "patches",
+        },
+        options={
+            "guidance": (1.5, 3.0),
+            "guidance_schedule": ("linear", "constant"),
+            "temperature": (1.0, 0.3),
+            "steps": (3, 6),
+            "solver": ("ddim(eta=0.2)", "ddim(eta=1.0)"),
+            "grid": ("uniform", "cosine"),
+            "solver_steps": (3, 6),
+        },
     ),
 }
 
@@ -185,7 +222,13 @@ def tokenizer(network, bottleneck, **fields):
 
 TOKENIZER = {
     "tokenizer": tokenizer(
-        "vqgan(channels=8,multipliers=(1,1),blocks=1)", "vq(codes=4,latents=2)", discriminator=PATCHGAN
+        "vqgan(channels=8,multipliers=(1,1),blocks=1)",
+        "vq(codes=4,latents=2)",
+        discriminator=PATCHGAN,
+        loss="least_squares",  # the hinge loss moves no last bias while all logits lie within it
+    ),
+    "tokenizer-residual": tokenizer(
+        "vqgan(channels=8,multipliers=(1,1),blocks=1)", "residual(codes=4,latents=2,scales=(1,2,4))"
     ),
     "tokenizer-kl": tokenizer("maskgit(channels=8,multipliers=(1,1),blocks=1)", "kl(latents=2)", error="l2"),
     "tokenizer-lfq": tokenizer(

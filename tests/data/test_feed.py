@@ -43,7 +43,7 @@ def rows_of(count):
 
 def build(dataset, rows, megabytes, batch_size=16, seed=5, steps=4):
     return data.build_feed(
-        dataset, batch_size=batch_size, seed=seed, rows=rows, steps_per_chunk=steps, device_megabytes=megabytes
+        dataset.train, batch_size=batch_size, seed=seed, rows=rows, steps_per_chunk=steps, device_megabytes=megabytes
     )
 
 

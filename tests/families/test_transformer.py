@@ -11,7 +11,7 @@ import pytest
 from diffusion_jax import families, rng
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import cost
-from diffusion_jax.families import transformer, transformer_draws, transformer_maskgit
+from diffusion_jax.families import transformer_draws, transformer_maskgit
 from diffusion_jax.families.transformer_draws import Shown
 from diffusion_jax.settings import TrainSettings
 from diffusion_jax.training.step import Trainer
@@ -62,7 +62,7 @@ def tokens(decoding="autoregressive", count=3, seed=0, params=None, **changes):
     params = weights(decoding) if params is None else params
     shown = {"label": jnp.arange(count, dtype=jnp.int32) % 2}
     images = generate(decoding)(params, keys(count, seed), shown, options(decoding, **changes))
-    return np.asarray(model(decoding).encode(images, None))
+    return np.asarray(model(decoding).read({}, {"image": images}))
 
 
 # ------------------------------------------------------------------------------------------ draws
@@ -145,7 +145,7 @@ def test_at_temperature_0_the_cache_changes_no_token(weight):
     assert len(np.unique(made)) > 1
 
 
-@pytest.mark.parametrize("decoding", transformer.DECODINGS)
+@pytest.mark.parametrize("decoding", ["autoregressive", "maskgit"])
 def test_guidance_1_is_the_conditional_model_to_the_bit(decoding):
     """What is said of "no label" may be anything: here no number at all."""
     it, params = model(decoding), weights(decoding)["transformer"]
@@ -156,7 +156,7 @@ def test_guidance_1_is_the_conditional_model_to_the_bit(decoding):
     assert np.any(tokens(decoding, guidance=4.0) != plain(params))
 
 
-@pytest.mark.parametrize("decoding", transformer.DECODINGS)
+@pytest.mark.parametrize("decoding", ["autoregressive", "maskgit"])
 def test_guidance_0_does_not_look_at_the_label(decoding):
     shown = lambda label: {"label": jnp.full(3, label, jnp.int32)}
     made = [generate(decoding)(weights(decoding), keys(3), shown(k), options(decoding, guidance=0.0)) for k in (0, 1)]
@@ -303,7 +303,7 @@ def test_an_image_is_filled_in_around_what_is_known():
 @pytest.mark.parametrize(
     ("decoding", "section", "says"),
     [
-        ("autoregressive", {"steps": 4}, r"sample.steps = 4: .*a step a token"),
+        ("autoregressive", {"steps": 4}, r"sample.steps = 4: Autoregressive decoding does not read it"),
         ("autoregressive", {"choice_temperature": 1.0}, r"sample.choice_temperature = 1.0"),
         ("autoregressive", {"temperature": -1.0}, r"sample.temperature = -1.0"),
         ("autoregressive", {"top_p": 0.0}, r"sample.top_p = 0.0"),

@@ -53,7 +53,7 @@ def test_var_has_680_tokens():
 
 PIXELS = TokenSpec(grid=(3, 3, 1), vocabulary=5, channels=0, num_classes=2)
 COLOURS = TokenSpec(grid=(2, 2, 3), vocabulary=5, channels=0, num_classes=0)
-CODES = TokenSpec(grid=(3, 3, 1), vocabulary=5, channels=4, num_classes=2)
+CODES = TokenSpec(grid=(3, 3, 1), vocabulary=5, channels=4, num_classes=2, scales=(1, 2, 3))
 LATENTS = TokenSpec(grid=(3, 3, 1), vocabulary=0, channels=4, num_classes=2)
 
 SIZES = "width=16,depth=2,heads=2"
@@ -62,8 +62,8 @@ NETWORKS = {
     "gpt-scan": (f"gpt({SIZES},multiple_of=1,scan=True)", PIXELS),
     "gpt-colours": (f"gpt({SIZES},multiple_of=1)", COLOURS),
     "maskgit": (f"maskgit({SIZES})", PIXELS),
-    "var": (f"var({SIZES},scales=(1,2,3))", CODES),
-    "var-shared": (f"var({SIZES},scales=(1,2,3),shared_modulation=True,scan=True)", CODES),
+    "var": (f"var({SIZES})", CODES),
+    "var-shared": (f"var({SIZES},shared_modulation=True,scan=True)", CODES),
     "mar": (f"mar({SIZES},buffer=3,mlp_width=8,mlp_depth=2)", LATENTS),
 }
 
@@ -150,7 +150,6 @@ def test_a_scale_a_step_gives_the_logits_of_the_whole_pass(name):
     for k in range(3):
         logits, cache = step(params(name), padded[:, scale_of_each() == k], label(name), cache)
         np.testing.assert_allclose(logits, whole[:, scale_of_each() == k], atol=1e-5)
-    assert it.sides == (1, 2, 3)
 
 
 def test_masked_latents_are_not_seen():
@@ -199,6 +198,15 @@ def test_labels_count(name):
         outputs.append(np.asarray(apply(name)(params(name), *given, *([] if name == "mar" else [None]))))
     for a, b in ((0, 1), (1, 2), (0, 2)):
         assert np.abs(outputs[a] - outputs[b]).max() > 1e-5
+
+
+@pytest.mark.parametrize("name", ["gpt", "maskgit", "var"])
+def test_no_label_is_the_null_label(name):
+    """Where there are classes, the one after the last: not the first."""
+    given = normals(3, 13, 4) if name == "var" else tokens(name)
+    none = apply(name)(params(name), given, None, None)
+    np.testing.assert_array_equal(none, apply(name)(params(name), given, jnp.full(3, 2, jnp.int32), None))
+    assert np.abs(none - apply(name)(params(name), given, jnp.zeros(3, jnp.int32), None)).max() > 1e-5
 
 
 def test_without_a_null_label_none_is_a_token_of_zeros():
@@ -253,9 +261,9 @@ def test_bfloat16_is_near_float32(name):
         ("gpt", LATENTS, "continuous latents"),
         ("maskgit", LATENTS, "continuous latents"),
         ("mar", PIXELS, "discrete tokens"),
-        ("var(scales=(1,2,3))", PIXELS, "codes that stand for vectors"),
-        ("var(scales=(1,2))", CODES, "its last scale, 2"),
-        ("var(scales=(2,3))", CODES, "must rise from 1"),
+        ("gpt", CODES, "one grid of tokens"),
+        ("maskgit", CODES, "one grid of tokens"),
+        ("var", PIXELS, "tokens of several scales"),
     ],
 )
 def test_impossible_networks_are_refused_by_name(text, spec, says):

@@ -9,6 +9,7 @@ import pytest
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.networks import vae
+from diffusion_jax.networks.vae.blocks import LOG_STDS
 from diffusion_jax.networks.vae.ladder import Level
 from diffusion_jax.types import ImageSpec
 from tests.arrays import filled, normals
@@ -149,6 +150,29 @@ def test_a_level_is_its_equations():
     np.testing.assert_allclose(prior, expected(np.asarray(eps)), rtol=1e-4, atol=1e-4)
     assert none is None
     assert no is None
+
+
+@pytest.mark.parametrize("log_std", [-1000.0, 1000.0])
+def test_no_scale_leaves_float32(log_std):
+    """Of the prior and of the posterior; the KL divides by the square of one and multiplies by that of the other."""
+    level = Level(2, jnp.float32)
+    y, read, eps = normals(1, 2, 2, 8), normals(1, 2, 2, 8, seed=1), normals(1, 2, 2, 2, seed=2)
+    params = filled(lambda key: level.init(key, y, read, eps))["params"]
+    for head in ("prior", "posterior"):
+        params[head]["conv"]["bias"][2:4] = log_std
+
+    def total(params):
+        y_, mean, log_s = level.apply({"params": params}, y, read, eps)
+        return jnp.sum(y_) + jnp.sum(jnp.square(mean * jnp.exp(-log_s)) + jnp.exp(2.0 * log_s))
+
+    for value in jax.tree.leaves(jax.jit(jax.value_and_grad(total))(params)):
+        assert np.all(np.isfinite(value))
+    flat = build(FLAT)
+    params, (x, label, eps) = filled(flat.init), given(FLAT)
+    params["posterior"]["bias"][5:] = log_std
+    q = infer(FLAT)(params, x, label, eps)
+    np.testing.assert_array_equal(q.log_std, np.clip(log_std, *LOG_STDS) * np.ones_like(q.log_std))
+    assert np.all(np.isfinite(q.pixels))
 
 
 # ------------------------------------------------------------------------------------------ what is refused

@@ -23,6 +23,8 @@ TEXTS = {
     "vq-ema": "vq(codes=6,latents=3,codebook='ema')",
     "vq-revived": "vq(codes=6,latents=3,revive=0.5)",
     "vq-ema-revived": "vq(codes=6,latents=3,codebook='ema',revive=0.5)",
+    "residual": "residual(codes=6,latents=3,scales=(1,2),convolutions=1)",
+    "residual-ema-revived": "residual(codes=6,latents=3,scales=(1,2),convolutions=1,codebook='ema',revive=0.5)",
     "fsq": "fsq(levels=(4,3,2))",
     "lfq": "lfq(bits=3)",
     "lfq-grouped": "lfq(bits=4,joint=2)",
@@ -46,7 +48,7 @@ def train(it):
 def begun(it, seed=0):
     """(Parameters, extra) with a codebook of the size of y."""
     params, extra = it.init(jax.random.key(seed))
-    return {name: normals(*leaf.shape, seed=9) for name, leaf in params.items()}, extra
+    return jax.tree.map(lambda leaf: normals(*leaf.shape, seed=9), params), extra
 
 
 def outputs(it, count=B, seed=0):
@@ -72,7 +74,7 @@ def test_shapes_and_the_way_back(name):
     np.testing.assert_allclose(passed.z, it.decode(params, given), rtol=1e-6)
     if it.digits:
         assert given.dtype == jnp.int32
-        assert given.shape == (B, SIDE, SIDE)
+        assert given.shape == ((B, 1 + SIDE**2) if name.startswith("residual") else (B, SIDE, SIDE))
         assert 0 <= given.min() <= given.max() < np.prod(it.digits)
 
 
@@ -222,7 +224,7 @@ def test_dead_codes_begin_anew_at_outputs_of_the_batch(name):
 
     def step(it):
         extra = it.init(jax.random.key(0))[1]
-        extra["usage"] = extra["usage"]._replace(shares=shares)
+        extra["usage"] = extra["usage"]._replace(shares=shares, unseen=jnp.float32(0.0))
         if "running" in extra:
             extra["running"] = shares[:, None] * params["codebook"]
         return train(it)(params, extra, y, keys(), jnp.int32(0)).extra
@@ -234,6 +236,25 @@ def test_dead_codes_begin_anew_at_outputs_of_the_batch(name):
     np.testing.assert_allclose(distance.min(0), 0.0, atol=1e-6)
     later = train(it)({"codebook": after}, extra, y, keys(), jnp.int32(1)).extra["usage"].shares
     np.testing.assert_allclose(later[3:], 1.0 / 6.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vq-revived", "vq-ema-revived"])
+def test_no_code_is_dead_before_it_had_time_to_be_used(name):
+    """Of codes that no output is near to, log(1/2) / log(0.99) = 68.97: they are dead in the 69th step."""
+    it, y = build(name), 0.01 * outputs(build(name))
+    params, extra = {"codebook": jnp.zeros((6, 3)).at[1:].add(100.0)}, build(name).init(jax.random.key(0))[1]
+
+    @jax.jit
+    def step(extra, step):
+        extra = train(it)(params, extra, y, keys(), step).extra
+        return extra, it.dead(extra)
+
+    dead = []
+    for i in range(69):
+        extra, now = step(extra, jnp.int32(i))
+        dead.append(np.asarray(now))
+    assert not np.any(dead[:68])
+    np.testing.assert_array_equal(dead[68], [False] + [True] * 5)
 
 
 def test_any_output_may_revive_a_code():

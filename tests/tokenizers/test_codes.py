@@ -58,9 +58,27 @@ def test_metrics_of_the_first_step(tokens, perplexity, usage):
 def test_a_code_that_was_used_long_ago_is_rare():
     """In the first step alone: its share 0.99^n falls below a hundredth of 1/2 after log(0.005) / log(0.99) = 527.2."""
     shares = lambda n: jnp.array([0.99**n, 1.0 - 0.99**n])
-    at = lambda n: codes.Usage(step=jnp.int32(n), shares=shares(n), counts=jnp.zeros(2))
+    at = lambda n: codes.begin(2)._replace(shares=shares(n))
     assert float(codes.metrics(at(527))["usage"]) == 1.0
     assert float(codes.metrics(at(529))["usage"]) == 0.5
+
+
+def test_shares_since_uniform_add_up_to_1():
+    """By NumPy: 0.99^n / K more than the running mean, n being the steps that saw any token."""
+    steps = [[0, 0, 3], [1], [], [2, 2, 2, 2]]
+    usage, p = seen(enumerate(steps)), np.full(5, 0.2)
+    for tokens in steps:
+        p = 0.99 * p + 0.01 * np.bincount(tokens, minlength=5) / len(tokens) if tokens else p
+    np.testing.assert_allclose(codes.since_uniform(usage), p, rtol=1e-6)
+    np.testing.assert_allclose(p.sum(), 1.0)
+
+
+def test_how_many_codes_can_have_been_seen():
+    """Of n tokens drawn alike from K codes 1 - (1 - 1/K)^n are seen; older steps count 0.99 less each."""
+    batches = [np.zeros(size, int) for size in (40, 10, 30)]
+    usage = seen(enumerate(batches), count=50)
+    expected = 1.0 - (1.0 - 1.0 / 50.0) ** (0.99**2 * 40 + 0.99 * 10 + 30)
+    assert float(codes.metrics(usage)["usable"]) == pytest.approx(expected, rel=0.01)
 
 
 def test_digits_write_every_code_once():

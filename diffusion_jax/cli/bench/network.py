@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from diffusion_jax import data, families, networks, plugs, tree
 from diffusion_jax.cli.bench.instruments import device, durations, memory, peak_flops, timed
-from diffusion_jax.data.source import ArraySource, Dataset
+from diffusion_jax.data.source import ArraySource
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.networks import flops as count
 from diffusion_jax.networks.presets import PAIRS, PRESETS
@@ -152,8 +152,7 @@ def random_feed(image: ImageSpec, batch: int, rows: NamedSharding) -> data.Feed:
         image=rng.uniform(-1.0, 1.0, (batch, *image.shape)).astype(np.float32),
         label=rng.integers(image.num_classes, size=batch, dtype=np.int32) if image.num_classes else None,
     )
-    dataset = Dataset(name="noise", spec=image, train=source, held_out=source)
-    return data.build_feed(dataset, batch_size=batch, seed=0, rows=rows, steps_per_chunk=1, device_megabytes=1024)
+    return data.build_feed(source, batch_size=batch, seed=0, rows=rows, steps_per_chunk=1, device_megabytes=1024)
 
 
 def timing(

@@ -69,19 +69,17 @@ class Masked(Sequence):
 
 @dataclass(frozen=True, kw_only=True)
 class Scales(Sequence):
-    """Tokens of K scales, L together, those of a scale given all before it. A scale's input is what those amount to.
+    """Tokens of the scales h_k x h_k, L together, those of a scale given all before it, as what these amount to.
 
     Attributes:
       apply: (params, vectors f32[B,L-1,channels] of scales 2, ..., K, label, keys) -> logits f32[B,L,V].
       begin: (count) -> an empty cache of `count` sequences.
       step: (params, vectors f32[B,n,channels] of the next scale, label, cache) -> (its logits f32[B,n,V], cache). The
         first step, of one token, does not look at them.
-      sides: side of each scale.
     """
 
     begin: Callable[[int], Cache]
     step: Callable[[Tree, Array, Label, Cache], tuple[Array, Cache]]
-    sides: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +102,14 @@ class Places(Sequence):
 
 
 def _error(options: Any, tokens: TokenSpec) -> str:
-    """Why a network of discrete tokens does not fit, or ""."""
+    """Why a network of one grid of discrete tokens does not fit, or ""."""
+    if tokens.scales:
+        return "is for one grid of tokens, and this tokenizer has several scales"
     return "" if tokens.vocabulary else "is for discrete tokens, and this tokenizer has continuous latents"
 
 
 def _var_error(options: var.VAROptions, tokens: TokenSpec) -> str:
-    if not tokens.channels or not tokens.vocabulary:
-        return "is for codes that stand for vectors"
-    side = options.scales[-1]
-    return "" if tokens.grid == (side, side, 1) else f"its last scale, {side}, must be the grid's {tokens.grid[:2]}"
+    return "" if tokens.scales else "is for tokens of several scales, and this tokenizer has one grid"
 
 
 def _mar_error(options: mar.MAROptions, tokens: TokenSpec) -> str:
@@ -135,13 +132,12 @@ def _masked(model: nn.Module) -> Masked:
 
 
 def _scales(model: nn.Module) -> Scales:
-    length = model.options.length
+    length = model.tokens.length
     given = (_shape(1, length - 1, model.tokens.channels), _label(model))
     return Scales(
         **_whole(model, *given),
         begin=lambda count: _empty(model, count, length),
         step=_step(model),
-        sides=model.options.scales,
         example=given,
     )
 

@@ -7,66 +7,44 @@ here in 2-D. The class is the first token; where there are none it is one learne
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.networks import layers, remat, transformer
+from diffusion_jax.networks import layers, transformer
 from diffusion_jax.networks.layers import Dense
-from diffusion_jax.networks.transformer import NORMAL, BlockOptions, Cache, Norm
+from diffusion_jax.networks.sequence.options import StackOptions
+from diffusion_jax.networks.transformer import NORMAL, Cache, Norm
 from diffusion_jax.types import Array, TokenSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTOptions:
-    """Sizes of a GPT. The defaults are those of LlamaGen-B.
+class GPTOptions(StackOptions):
+    """Sizes of a GPT, those of `StackOptions` among them. The defaults are those of LlamaGen-B.
+
+    width / heads is divisible by 4.
 
     Attributes:
-      width: of the residual stream; width / heads is divisible by 4.
-      depth: number of blocks.
-      heads: of each attention.
-      mlp_ratio: width of a plain MLP's hidden layer over `width`; SwiGLU's is two thirds of it.
       multiple_of: SwiGLU's hidden width is rounded up to a multiple of this.
-      dropout: probability in the tokens that enter and in the outputs of attention and MLP.
-      attention: a row of `attention.IMPLEMENTATIONS`, or "auto".
-      scan: compile one block for all; its parameters are stacked.
-      remat: from `remat.POLICIES`, what the backward pass keeps of each block.
     """
 
     width: int = 768
     depth: int = 12
     heads: int = 12
-    mlp_ratio: float = 4.0
     multiple_of: int = 256
-    dropout: float = 0.0
-    attention: str = "auto"
-    scan: bool = False
-    remat: str = "none"
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1, not {self.depth}")
-        block = self.block()
-        if (block.width // block.heads) % 4:
-            raise ValueError(f"width / heads must be divisible by 4, and {block.width // block.heads} is not")
-        remat.check(self.remat)
+        super().__post_init__()
+        if (self.width // self.heads) % 4:
+            raise ValueError(f"width / heads must be divisible by 4, and {self.width // self.heads} is not")
 
-    def block(self) -> BlockOptions:
+    def parts(self) -> dict[str, Any]:
         """Llama's block."""
-        return BlockOptions(
-            width=self.width,
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            mlp="swiglu",
-            multiple_of=self.multiple_of,
-            norm="rms",
-            epsilon=1e-5,
-            qkv_bias=False,
-            dropout=self.dropout,
-            attention=self.attention,
-        )
+        of_mlp = {"mlp": "swiglu", "multiple_of": self.multiple_of}
+        return of_mlp | {"norm": "rms", "epsilon": 1e-5, "qkv_bias": False}
 
 
 class GPT(nn.Module):
@@ -83,7 +61,7 @@ class GPT(nn.Module):
         """See `sequence.Causal`: `apply` without a cache; `step` with one, of `tokens` i32[B], those before."""
         o, T = self.options, self.tokens.length
         first = self.param("label", NORMAL, (self.tokens.num_classes + 1, o.width))
-        first = jnp.broadcast_to(first[:1], (len(tokens), o.width)) if label is None else first[label]
+        first = first[jnp.full(len(tokens), self.tokens.num_classes) if label is None else label]
         if cache is None:
             x = jnp.concatenate([first[:, None], self.embedded(tokens[:, :-1], jnp.arange(T - 1))], axis=1)
             rotation, mask = self.rotation(), np.tri(T, dtype=bool)[None]

@@ -7,58 +7,37 @@ the tokens. Classes are words of that table, too.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from diffusion_jax.networks import layers, remat, transformer
+from diffusion_jax.networks import layers, transformer
 from diffusion_jax.networks.layers import Dense
-from diffusion_jax.networks.transformer import NORMAL, BlockOptions, Norm
+from diffusion_jax.networks.sequence.options import StackOptions
+from diffusion_jax.networks.transformer import NORMAL, Norm
 from diffusion_jax.types import Array, TokenSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskGITOptions:
-    """Sizes of a MaskGIT. The defaults are those of ImageNet at 256 pixels, with dropout off.
+class MaskGITOptions(StackOptions):
+    """Sizes of a MaskGIT, those of `StackOptions` among them.
+
+    The defaults are those of ImageNet at 256 pixels, with dropout off. The published config has 16 heads, the paper
+    speaks of 8.
 
     Attributes:
-      width: of the residual stream; divisible by 4 and by `heads`.
-      depth: number of blocks.
-      heads: of each attention; the published config has 16, the paper speaks of 8.
-      mlp_ratio: width of the MLP's hidden layer over `width`.
       null_label: whether "no label" is learned as one more label; it is a token of zeros otherwise.
-      dropout: probability in the tokens that enter and in the outputs of attention and MLP.
-      attention: a row of `attention.IMPLEMENTATIONS`, or "auto".
-      scan: compile one block for all; its parameters are stacked.
-      remat: from `remat.POLICIES`, what the backward pass keeps of each block.
     """
 
     width: int = 768
     depth: int = 24
     heads: int = 16
-    mlp_ratio: float = 4.0
     null_label: bool = True
-    dropout: float = 0.0
-    attention: str = "auto"
-    scan: bool = False
-    remat: str = "none"
 
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1, not {self.depth}")
-        remat.check(self.remat)
-        self.block()
-
-    def block(self) -> BlockOptions:
+    def parts(self) -> dict[str, Any]:
         """BERT's block, but for where its norms stand."""
-        return BlockOptions(
-            width=self.width,
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            epsilon=1e-12,
-            dropout=self.dropout,
-            attention=self.attention,
-        )
+        return {"epsilon": 1e-12}
 
 
 class MaskGIT(nn.Module):
@@ -76,6 +55,7 @@ class MaskGIT(nn.Module):
         table = self.param("word", NORMAL, (words, o.width))
         ids = tokens
         if classes:
+            label = jnp.full(len(tokens), classes) if label is None else label
             ids = jnp.concatenate([vocabulary + 1 + label[:, None], tokens], axis=1)
         x = jnp.take(table, ids, axis=0, mode="fill", fill_value=0.0)
         x = x + self.param("position", NORMAL, x.shape[1:])[None]

@@ -14,63 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.networks import layers, remat, transformer
+from diffusion_jax.networks import layers, transformer
 from diffusion_jax.networks.layers import Dense
-from diffusion_jax.networks.transformer import BlockOptions, Cache, Norm
+from diffusion_jax.networks.sequence.options import StackOptions
+from diffusion_jax.networks.transformer import Cache, Norm
 from diffusion_jax.types import Array, TokenSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAROptions:
-    """Sizes of a VAR. The defaults are VAR-d16's.
+class VAROptions(StackOptions):
+    """Sizes of a VAR, those of `StackOptions` among them. The defaults are VAR-d16's.
 
     Attributes:
-      width: of the residual stream; divisible by 4 and by `heads`.
-      depth: number of blocks.
-      heads: of each attention.
-      mlp_ratio: width of the MLP's hidden layer over `width`.
-      scales: side of each scale in tokens, from 1 to the grid's.
       shared_modulation: one layer gives the modulation of all blocks, each of which adds a table of its own.
-      dropout: probability in the outputs of attention and MLP.
-      attention: a row of `attention.IMPLEMENTATIONS`, or "auto".
-      scan: compile one block for all; its parameters are stacked.
-      remat: from `remat.POLICIES`, what the backward pass keeps of each block.
     """
 
     width: int = 1024
     depth: int = 16
     heads: int = 16
-    mlp_ratio: float = 4.0
-    scales: tuple = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     shared_modulation: bool = False
-    dropout: float = 0.0
-    attention: str = "auto"
-    scan: bool = False
-    remat: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1, not {self.depth}")
-        whole = all(isinstance(side, int) for side in self.scales)
-        if not whole or len(self.scales) < 2 or self.scales[0] != 1 or list(self.scales) != sorted(set(self.scales)):
-            raise ValueError(f"scales must rise from 1, not {self.scales}")
-        remat.check(self.remat)
-        self.block()
-
-    def block(self) -> BlockOptions:
-        """The block's sizes."""
-        return BlockOptions(
-            width=self.width,
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            dropout=self.dropout,
-            attention=self.attention,
-        )
-
-    @property
-    def length(self) -> int:
-        """Number of tokens of all scales."""
-        return sum(side**2 for side in self.scales)
 
 
 class VAR(nn.Module):
@@ -85,21 +47,21 @@ class VAR(nn.Module):
         self, vectors: Array, label: Array | None, keys: Array | None = None, cache: Cache | None = None
     ) -> Array | tuple[Array, Cache]:
         """See `sequence.Scales`: `apply` without a cache; `step` with one, of one scale's `vectors`."""
-        o = self.options
+        o, L, sides = self.options, self.tokens.length, self.tokens.scales
         start = nn.initializers.normal(math.sqrt(1.0 / (3.0 * o.width)))
         table = self.param("label", start, (self.tokens.num_classes + 1, o.width))
-        shown = table[jnp.zeros(len(vectors), jnp.int32) if label is None else label]
+        shown = table[jnp.full(len(vectors), self.tokens.num_classes) if label is None else label]
 
         x = Dense(o.width, self.dtype, name="in")(vectors)
         first = (shown[:, None] + self.param("first", start, (1, o.width))[None]).astype(self.dtype)
-        positions = self.param("position", start, (o.length, o.width))
-        positions = positions + self.param("scale", start, (len(o.scales), o.width))[self.scale_of_each()]
+        positions = self.param("position", start, (L, o.width))
+        positions = positions + self.param("scale", start, (len(sides), o.width))[self.scale_of_each()]
         if cache is None:
             x, mask = jnp.concatenate([first, x], axis=1), self.mask()[None]
         else:
             x = jnp.where(cache.position == 0, first, x)  # the first scale has one token
             positions = jax.lax.dynamic_slice_in_dim(positions, cache.position, x.shape[1], axis=0)
-            mask = jnp.broadcast_to(jnp.arange(o.length) < cache.position + x.shape[1], (1, x.shape[1], o.length))
+            mask = jnp.broadcast_to(jnp.arange(L) < cache.position + x.shape[1], (1, x.shape[1], L))
         x = x + positions[None].astype(self.dtype)
 
         condition = modulation = nn.silu(shown).astype(self.dtype)
@@ -117,7 +79,7 @@ class VAR(nn.Module):
 
     def scale_of_each(self) -> np.ndarray:
         """The number of the scale i32[L] that each token belongs to."""
-        sides = self.options.scales
+        sides = self.tokens.scales
         return np.repeat(np.arange(len(sides)), [side**2 for side in sides])
 
     def mask(self) -> np.ndarray:

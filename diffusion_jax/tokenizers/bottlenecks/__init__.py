@@ -7,9 +7,10 @@ from diffusion_jax.tokenizers.bottlenecks.base import Bottleneck
 from diffusion_jax.tokenizers.bottlenecks.fsq import FSQ
 from diffusion_jax.tokenizers.bottlenecks.kl import KL
 from diffusion_jax.tokenizers.bottlenecks.lfq import LFQ
+from diffusion_jax.tokenizers.bottlenecks.residual import Residual
 from diffusion_jax.tokenizers.bottlenecks.vq import VQ
 
-BOTTLENECKS = {"fsq": FSQ, "kl": KL, "lfq": LFQ, "vq": VQ}
+BOTTLENECKS = {"fsq": FSQ, "kl": KL, "lfq": LFQ, "residual": Residual, "vq": VQ}
 """name -> `Bottleneck`, built of its options, and of the image's `dimensions` where it reads them."""
 
 

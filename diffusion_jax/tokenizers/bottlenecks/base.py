@@ -58,6 +58,10 @@ class Bottleneck(Protocol):
         """z f32[B,h,w,latents] of what `encode` returns."""
         ...
 
+    def nearest(self, params: Tree, z: Array) -> Array:
+        """The nearest to z f32[B,h,w,latents] of what the decoder was trained on: of codes, where there are codes."""
+        ...
+
     def settle(self, params: Tree, extra: Tree) -> Tree:
         """The parameters after an update, as `extra` wants them: see `Player.settle`."""
         ...

@@ -3,7 +3,8 @@
     p_k <- gamma p_k + (1 - gamma) n_k / n          n_k of a step's n tokens are code k
     perplexity = exp(-sum_k p_k log p_k)            K where all codes are used alike, 1 where only one is
 
-A step's counts are gathered over its microbatches and join p when the next step begins.
+p begins at 0, and after n steps adds up to 1 - gamma^n. A step's counts are gathered over its microbatches and join p
+when the next step begins.
 """
 
 from collections.abc import Sequence
@@ -29,16 +30,21 @@ class Usage(NamedTuple):
       step: i32[], of which `counts` are.
       shares: f32[K], p before that step; all 0 before there is any.
       counts: f32[K], n_k of that step, so far.
+      unseen: f32[], gamma^n before that step: what p still lacks.
+      memory: f32[], how many tokens p remembers before that step: the sum of n over steps, each gamma^its age.
     """
 
     step: Array
     shares: Array
     counts: Array
+    unseen: Array
+    memory: Array
 
 
 def begin(codes: int) -> Usage:
     """Of `codes` codes, none of which has been seen."""
-    return Usage(step=jnp.int32(-1), shares=jnp.zeros(codes), counts=jnp.zeros(codes))
+    zeros = jnp.zeros(codes)
+    return Usage(step=jnp.int32(-1), shares=zeros, counts=zeros, unseen=jnp.float32(1.0), memory=jnp.float32(0.0))
 
 
 def folded(usage: Usage) -> Array:
@@ -52,11 +58,30 @@ def folded_in(usage: Usage, running: Array, sums: Array) -> Array:
     return jnp.where(n > 0.0, DECAY * running + (1.0 - DECAY) * sums / jnp.maximum(n, 1.0), running)
 
 
+def ended(usage: Usage) -> Usage:
+    """Once its step is over: with `counts` in what is remembered, and none left; as it was where there are none."""
+    n = jnp.sum(usage.counts)
+    return usage._replace(
+        shares=folded(usage),
+        counts=jnp.zeros_like(usage.counts),
+        unseen=jnp.where(n > 0.0, DECAY, 1.0) * usage.unseen,
+        memory=jnp.where(n > 0.0, DECAY, 1.0) * usage.memory + n,
+    )
+
+
 def counted(usage: Usage, step: Array, tokens: Array) -> Usage:
     """With the tokens i32[...] of `step` i32[], or of one of its microbatches, in it."""
-    new = step != usage.step
-    counts = jnp.where(new, 0.0, usage.counts) + count(tokens, len(usage.counts))
-    return Usage(step=step, shares=jnp.where(new, folded(usage), usage.shares), counts=counts)
+    now = jax.tree.map(lambda a, b: jnp.where(step != usage.step, a, b), ended(usage), usage)
+    return now._replace(step=step, counts=now.counts + count(tokens, len(now.counts)))
+
+
+def since_uniform(usage: Usage) -> Array:
+    """p f32[K] with `counts` in it, as if all codes had been used alike before: it adds up to 1 from the beginning.
+
+    A code that is never used falls below r / K after log r / log gamma steps: 69 for r = 1/2, 459 for r = 1/100.
+    """
+    after = ended(usage)
+    return after.shares + after.unseen / len(after.shares)
 
 
 def count(tokens: Array, codes: int) -> Array:
@@ -65,10 +90,18 @@ def count(tokens: Array, codes: int) -> Array:
 
 
 def metrics(usage: Usage) -> dict[str, Array]:
-    """For the log: `perplexity`, and `usage`, the share of codes that are not rare."""
-    shares = folded(usage)
-    shares = shares / jnp.maximum(jnp.sum(shares), 1e-30)
-    return {"perplexity": perplexity(shares), "usage": jnp.mean((shares >= RARE / len(shares)).astype(jnp.float32))}
+    """For the log.
+
+    `perplexity`; `usage`, the share of codes that are not rare; and `usable`, the share that would have been seen in as
+    many tokens as p remembers, were all codes used alike: 1 - exp(-tokens / K).
+    """
+    after = ended(usage)
+    shares = after.shares / jnp.maximum(jnp.sum(after.shares), 1e-30)
+    return {
+        "perplexity": perplexity(shares),
+        "usage": jnp.mean((shares >= RARE / len(shares)).astype(jnp.float32)),
+        "usable": -jnp.expm1(-after.memory / len(shares)),
+    }
 
 
 def perplexity(shares: Array) -> Array:

@@ -80,6 +80,11 @@ class FSQ:
         halves = self.halves(given.ndim + 1)
         return (codes.digits(given, self.levels).astype(jnp.float32) - halves) / halves
 
+    def nearest(self, params: Tree, z: Array) -> Array:
+        """See `Bottleneck`."""
+        halves, levels = self.halves(z.ndim), codes.along_last(self.levels, z.ndim)
+        return jnp.clip(jnp.round(z * halves), -halves, levels - 1 - halves) / halves
+
     def settle(self, params: Tree, extra: Tree) -> Tree:
         """See `Bottleneck`."""
         return params

@@ -74,6 +74,10 @@ class KL:
         """See `Bottleneck`: latents are what the decoder is given."""
         return given
 
+    def nearest(self, params: Tree, z: Array) -> Array:
+        """See `Bottleneck`: all are latents."""
+        return z
+
     def settle(self, params: Tree, extra: Tree) -> Tree:
         """See `Bottleneck`."""
         return params

@@ -98,6 +98,10 @@ class LFQ:
         """See `Bottleneck`: -1 or 1 in each number."""
         return 2.0 * codes.digits(given, self.digits).astype(jnp.float32) - 1.0
 
+    def nearest(self, params: Tree, z: Array) -> Array:
+        """See `Bottleneck`."""
+        return self.decode(params, self.encode(params, z, None))
+
     def settle(self, params: Tree, extra: Tree) -> Tree:
         """See `Bottleneck`."""
         return params

@@ -3,16 +3,8 @@
     token = argmin_k |y - e_k|^2,  z = e_token                                      eq. 1 and 2; dz/dy = 1
     loss  = |sg[y] - z|^2 + beta |y - sg[z]|^2                                      eq. 3, without the reconstruction
 
-sg stops gradients, and |.|^2 is a mean over the numbers of an image's places. The first term moves the codebook. With
-`codebook="ema"` it is left out, and each e_k is the running mean of what was given that code (appendix A.1):
-
-    N_k <- gamma N_k + (1 - gamma) n_k,   m_k <- gamma m_k + (1 - gamma) sum_(token = k) y,   e_k = m_k / N_k
-
-with N and m over a step's number of tokens, so that N_k is the share of `codes.Usage`.
-
-A code that is hardly used is far from all that the encoder gives, and gradients do not bring it back. With `revive` it
-begins anew, with the mean share 1 / K, at an output of the step's batch. Which one: each example draws a lot and a
-place for each code, and the highest lot wins; so neither devices nor microbatches change it.
+sg stops gradients, and |.|^2 is a mean over the numbers of an image's places. The first term moves the codebook; with
+`codebook="ema"` it is left out, and running means move it: see `codebook.py`.
 """
 
 from dataclasses import dataclass
@@ -20,78 +12,27 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import rng
 from diffusion_jax.tokenizers.bottlenecks import codes
 from diffusion_jax.tokenizers.bottlenecks.base import Passed
+from diffusion_jax.tokenizers.bottlenecks.codebook import Codebook
 from diffusion_jax.types import Array, Tree
-
-CODEBOOKS = ("gradient", "ema")
-LEAST_SHARE = 1e-6
-"""Over 1 / K: a code of a smaller share stays where it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQ:
-    """See above; a row of `BOTTLENECKS`.
-
-    Attributes:
-      codes: K.
-      latents: numbers in a code's vector.
-      beta: weight of the second term, which holds the encoder to its codes.
-      codebook: what moves the vectors: "gradient", or "ema" for running means.
-      revive: a code whose share is below this, over 1 / K, begins anew; 0 for none.
-    """
-
-    codes: int = 1024
-    latents: int = 8
-    beta: float = 0.25
-    codebook: str = "gradient"
-    revive: float = 0.0
-
-    def __post_init__(self) -> None:
-        if min(self.codes, self.latents) < 1:
-            raise ValueError("codes and latents must be at least 1")
-        if not self.beta >= 0.0:
-            raise ValueError(f"beta must not be negative, and {self.beta} is")
-        if self.codebook not in CODEBOOKS:
-            raise ValueError(f"codebook must be one of {', '.join(CODEBOOKS)}, not {self.codebook!r}")
-        if not 0.0 <= self.revive < 1.0:
-            raise ValueError(f"revive must lie in [0, 1), not {self.revive}")
-
-    @property
-    def outputs(self) -> int:
-        """See `Bottleneck`."""
-        return self.latents
-
-    @property
-    def digits(self) -> tuple[int, ...]:
-        """See `Bottleneck`: the code is its own."""
-        return (self.codes,)
-
-    def init(self, key: Array) -> tuple[Tree, Tree]:
-        """See `Bottleneck`: vectors uniform within 1 / K around 0, as in CompVis/taming-transformers."""
-        shape = (self.codes, self.latents)
-        extra = {"usage": codes.begin(self.codes)}
-        if self.codebook == "ema":
-            extra |= {"running": jnp.zeros(shape), "sums": jnp.zeros(shape)}
-        if self.revive:
-            extra |= {"offers": jnp.zeros(shape), "lots": jnp.zeros(self.codes, jnp.uint32)}
-        return {"codebook": jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) / self.codes}, extra
-
-    # ------------------------------------------------------------------------------------------ there and back
+class VQ(Codebook):
+    """See above; a row of `BOTTLENECKS`, with the options of `Codebook`."""
 
     def encode(self, params: Tree, y: Array, keys: Array | None) -> Array:
-        """See `Bottleneck`. |y|^2 is the same for all codes, and left out of the distance."""
-        e = params["codebook"]
-        product = jnp.einsum("bhwd,kd->bhwk", y, e, precision=jax.lax.Precision.HIGHEST)
-        squared = jnp.sum(jnp.square(e), axis=1)[None, None, None]
-        return jnp.argmin(squared - 2.0 * product, axis=-1).astype(jnp.int32)
+        """See `Bottleneck`."""
+        return self.token(params, y)
 
     def decode(self, params: Tree, given: Array) -> Array:
         """See `Bottleneck`."""
-        return params["codebook"][given]
+        return self.vector(params, given)
 
-    # ------------------------------------------------------------------------------------------ training
+    def nearest(self, params: Tree, z: Array) -> Array:
+        """See `Bottleneck`."""
+        return self.decode(params, self.encode(params, z, None))
 
     def train(self, params: Tree, extra: Tree, y: Array, keys: Array, step: Array) -> Passed:
         """See `Bottleneck`."""
@@ -104,62 +45,3 @@ class VQ:
             loss = loss + apart(fixed(y), z)
         extra = fixed(self.remembered(self.begun(extra, step), tokens, y, keys, step))
         return Passed(z=codes.straight_through(y, z), loss=loss, metrics=codes.metrics(extra["usage"]), extra=extra)
-
-    def settle(self, params: Tree, extra: Tree) -> Tree:
-        """See `Bottleneck`: the vectors as running means and revival have them."""
-        e, after = params["codebook"], self.advanced(extra)
-        if self.codebook == "ema":
-            N = after["usage"].shares[:, None]
-            seen = LEAST_SHARE / self.codes < N  # below, the running means are about to be rounded to 0 on their own
-            e = jnp.where(seen, after["running"] / jnp.where(seen, N, 1.0), e)
-        elif self.revive:
-            e = jnp.where(self.dead(extra)[:, None], extra["offers"], e)
-        return params | {"codebook": e}
-
-    # ------------------------------------------------------------------------------------------ what is remembered
-
-    def begun(self, extra: Tree, step: Array) -> Tree:
-        """`extra` at the beginning of `step`; as it is within the step."""
-        new = step != extra["usage"].step
-        return jax.tree.map(lambda after, now: jnp.where(new, after, now), self.advanced(extra), extra)
-
-    def advanced(self, extra: Tree) -> Tree:
-        """`extra` once its step is over: sums have joined the running means, and the dead have begun anew."""
-        usage, dead = extra["usage"], self.dead(extra)
-        after = {"usage": usage._replace(shares=jnp.where(dead, 1.0 / self.codes, codes.folded(usage)))}
-        after["usage"] = after["usage"]._replace(counts=jnp.zeros_like(usage.counts))
-        if self.codebook == "ema":
-            running = codes.folded_in(usage, extra["running"], extra["sums"])
-            if self.revive:
-                running = jnp.where(dead[:, None], extra["offers"] / self.codes, running)
-            after |= {"running": running, "sums": jnp.zeros_like(extra["sums"])}
-        if self.revive:
-            after |= {"offers": extra["offers"], "lots": jnp.zeros_like(extra["lots"])}
-        return after
-
-    def dead(self, extra: Tree) -> Array:
-        """bool[K]: which codes begin anew once the step is over; none before there is a batch."""
-        usage = extra["usage"]
-        return (codes.folded(usage) < self.revive / self.codes) & (jnp.sum(usage.counts) > 0.0)
-
-    def remembered(self, extra: Tree, tokens: Array, y: Array, keys: Array, step: Array) -> Tree:
-        """`extra` with a batch of `step` in it, of which the codes are i32[B,h,w], outputs y f32[B,h,w,latents]."""
-        after = extra | {"usage": codes.counted(extra["usage"], step, tokens)}
-        if self.codebook == "ema":
-            sums = jnp.zeros_like(extra["sums"]).at[tokens.reshape(-1)].add(y.reshape(-1, self.latents))
-            after["sums"] = extra["sums"] + sums
-        if self.revive:
-            offers, lots = self.offered(y, keys)
-            higher = lots > extra["lots"]
-            after["lots"] = jnp.where(higher, lots, extra["lots"])
-            after["offers"] = jnp.where(higher[:, None], offers, extra["offers"])
-        return after
-
-    def offered(self, y: Array, keys: Array) -> tuple[Array, Array]:
-        """(an output f32[K,latents], its lot u32[K]) for each code: the highest lot of the batch's examples."""
-        places = y.reshape(len(y), -1, self.latents)
-        draw = lambda n: rng.draw(rng.fold(keys, n), lambda key: jax.random.bits(key, (self.codes,), jnp.uint32))
-        lots = draw(0)
-        winner = jnp.argmax(lots, axis=0)
-        place = jnp.take_along_axis(draw(1), winner[None], axis=0)[0] % places.shape[1]
-        return places[winner, place.astype(jnp.int32)], jnp.max(lots, axis=0)

@@ -1,0 +1,99 @@
+"""Real digits scattered over 32x32 pixels: two stages, on two CPU cores.
+
+First a tokenizer, which learns to write an image as 8x8 tokens; then a model of those, which is another family's:
+
+    diffusion-jax train --config=configs/digits_canvas.py:tokenizer --workdir=runs/canvas-tokenizer
+    diffusion-jax train --config=configs/digits_canvas.py:transformer --workdir=runs/canvas-transformer
+
+The second one finds the first by its workdir; another is --config.family.tokenizer=workdir:PATH. `diffusion` needs no
+tokenizer: it is the same model over pixels, for comparison. The class of a canvas is its largest digit.
+"""
+
+from ml_collections import ConfigDict
+
+from diffusion_jax.cli.config import base
+
+TOKENIZER, SCALES = "workdir:runs/canvas-tokenizer", "workdir:runs/canvas-scales"
+
+
+def get_config(family: str = "") -> ConfigDict:
+    """The config of `family`; what is set here is the same for all of them."""
+    first = {"tokenizer": tokenizer, "tokenizer-scales": tokenizer_scales}
+    second = {
+        "transformer": transformer,
+        "transformer-maskgit": transformer_maskgit,
+        "transformer-var": transformer_var,
+        "diffusion-latent": diffusion_latent,
+        "diffusion": diffusion,
+    }
+    config = base(__file__, family, first | second)
+    config.data.name = "digits_canvas"
+    config.train.batch_size = 64
+    config.train.learning_rate_schedule = "cosine_onecycle_schedule(pct_start=0.05)"
+    config.train.ema.main = "warmup(decay=0.995)"
+    config.checkpoint.every = 500
+    return config
+
+
+# ---------------------------------------------------------------------------------------------- stage one
+
+
+def tokenizer(config: ConfigDict) -> None:
+    """Finite scalar quantisation: 8x8 tokens of 8 x 6 x 5 values, no codebook to learn and none to collapse."""
+    config.family.network = "vqgan(channels=16,multipliers=(1,2,4),blocks=1)"
+    config.family.bottleneck = "fsq(levels=(8,6,5))"
+    config.train.steps = 2000
+    config.train.learning_rate = 2e-3
+
+
+def tokenizer_scales(config: ConfigDict) -> None:
+    """The same encoder and decoder around residual quantisation: 1 + 4 + 16 + 64 tokens, from coarse to fine."""
+    tokenizer(config)
+    config.family.bottleneck = "residual(codes=256,latents=8,scales=(1,2,4,8),codebook='ema',revive=0.1)"
+
+
+# ---------------------------------------------------------------------------------------------- stage two
+
+
+def transformer(config: ConfigDict) -> None:
+    """A GPT: token after token."""
+    config.family.tokenizer = TOKENIZER
+    config.family.network = "gpt(width=128,depth=4,heads=4,multiple_of=1)"
+    config.train.steps = 4000
+    config.train.learning_rate = 2e-3
+
+
+def transformer_maskgit(config: ConfigDict) -> None:
+    """A MaskGIT: many tokens at once, the surest first."""
+    config.family.tokenizer = TOKENIZER
+    config.family.network = "maskgit(width=128,depth=4,heads=4)"
+    config.family.decoding = "maskgit"
+    config.train.steps = 4000
+    config.train.learning_rate = 1e-3
+    config.sample.steps = 16
+
+
+def transformer_var(config: ConfigDict) -> None:
+    """A VAR: scale after scale, over the tokens of `tokenizer-scales`."""
+    config.family.tokenizer = SCALES
+    config.family.network = "var(width=128,depth=4,heads=4,scales=(1,2,4,8))"
+    config.family.decoding = "var"
+    config.train.steps = 4000
+    config.train.learning_rate = 1e-3
+
+
+def diffusion_latent(config: ConfigDict) -> None:
+    """A DiT over the tokenizer's vectors (latent diffusion): 64 places, as the transformers have."""
+    diffusion(config)
+    config.family.tokenizer = TOKENIZER
+    config.family.network = "dit(patch=1,width=128,depth=4,heads=4)"
+    config.sample.threshold = "none"
+
+
+def diffusion(config: ConfigDict) -> None:
+    """The same DiT over pixels, in patches of 4x4."""
+    config.family.network = "dit(patch=4,width=128,depth=4,heads=4)"
+    config.train.steps = 4000
+    config.train.learning_rate = 2e-3
+    config.sample.solver = "heun"
+    config.sample.steps = 10
