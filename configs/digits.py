@@ -37,13 +37,12 @@ def diffusion(config: ConfigDict) -> None:
     Cost: 5,000 steps, 3 minutes with the evaluation on two idle CPU cores. Score, over three seeds: Fréchet distance
     1.12 to 1.24 times the real floor, precision 0.88, recall 0.88 to 0.89, 98.2 to 98.9 % recognised (see README).
     """
+    one_cycle(config)
     config.family.network = "dit(patch=2,width=96,depth=4,heads=4)"
     config.family.time_sampling = "logit_normal(mean=-0.2,std=1.3)"
     config.train.steps = 5000
     config.train.batch_size = 64
     config.train.learning_rate = 4e-3
-    config.train.learning_rate_schedule = "cosine_onecycle_schedule(pct_start=0.05)"
-    config.train.ema.main = "warmup(decay=0.995)"
     config.sample.solver = "heun"
     config.sample.grid = "quadratic"
     config.sample.steps = 10
@@ -81,38 +80,44 @@ def vae(config: ConfigDict) -> None:
     Cost: 3,000 steps, 266 seconds on two CPU cores beside other work. Score, of one seed: Fréchet distance 1.65 times
     the real floor, precision 0.90, recall 0.83, 97.1 % recognised (see README). It overfits: see there.
     """
+    one_cycle(config)
     config.family.network = "ladder(channels=32,multipliers=(1,2,2),levels=(1,1,1),latents=4)"
     config.train.steps = 3000
     config.train.batch_size = 64
     config.train.learning_rate = 2e-3
-    config.train.learning_rate_schedule = "cosine_onecycle_schedule(pct_start=0.05)"
-    config.train.ema.main = "warmup(decay=0.995)"
     config.sample.temperature = 1.1
 
 
 def transformer(config: ConfigDict) -> None:
     """A GPT over the 64 pixels, each a token of 17 grey levels, drawn one after the other.
 
-    Cost and score at this length are not measured yet.
+    Its likelihood is exact. Dropout, for 1,198 digits are few; a little guidance, for the label.
     """
-    config.family.network = "gpt(width=96,depth=4,heads=4,multiple_of=1,dropout=0.2)"
-    config.train.steps = 4000
+    one_cycle(config)
+    config.family.network = "gpt(width=96,depth=4,heads=4,multiple_of=1,dropout=0.3)"
+    config.train.steps = 8000
     config.train.batch_size = 32
     config.train.learning_rate = 2e-3
-    config.train.learning_rate_schedule = "cosine_onecycle_schedule(pct_start=0.05)"
-    config.train.ema.main = "warmup(decay=0.995)"
+    config.sample.guidance = 1.1
 
 
 def transformer_maskgit(config: ConfigDict) -> None:
-    """A MaskGIT over the 64 pixels, each a token of 17 grey levels, drawn many at a time.
+    """A MaskGIT over the 64 pixels, each a token of 17 grey levels, drawn in random order, one a step.
 
-    Cost and score at this length are not measured yet.
+    Keeping the surest of many, as on tokens of 16x16 pixels, takes the variety out of single pixels: 16 steps at the
+    usual choice temperature of 4.5 lose a quarter of the recall.
     """
+    one_cycle(config)
     config.family.network = "maskgit(width=96,depth=4,heads=4,dropout=0.1)"
     config.family.decoding = "maskgit"
-    config.train.steps = 4000
+    config.train.steps = 8000
     config.train.batch_size = 32
     config.train.learning_rate = 1e-3
+    config.sample.steps = 64
+    config.sample.choice_temperature = 30.0
+
+
+def one_cycle(config: ConfigDict) -> None:
+    """The learning rate goes up once and down; weights are averaged over some hundred steps."""
     config.train.learning_rate_schedule = "cosine_onecycle_schedule(pct_start=0.05)"
     config.train.ema.main = "warmup(decay=0.995)"
-    config.sample.steps = 16

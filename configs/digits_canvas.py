@@ -28,7 +28,7 @@ def get_config(family: str = "") -> ConfigDict:
     }
     config = base(__file__, family, first | second)
     config.data.name = "digits_canvas"
-    config.train.batch_size = 64
+    config.train.batch_size = 32
     config.train.learning_rate_schedule = "cosine_onecycle_schedule(pct_start=0.05)"
     config.train.ema.main = "warmup(decay=0.995)"
     config.checkpoint.every = 500
@@ -40,7 +40,7 @@ def get_config(family: str = "") -> ConfigDict:
 
 def tokenizer(config: ConfigDict) -> None:
     """Finite scalar quantisation: 8x8 tokens of 8 x 6 x 5 values, no codebook to learn and none to collapse."""
-    config.family.network = "vqgan(channels=16,multipliers=(1,2,4),blocks=1)"
+    config.family.network = "maskgit(channels=8,multipliers=(1,2,4),blocks=1)"
     config.family.bottleneck = "fsq(levels=(8,6,5))"
     config.train.steps = 2000
     config.train.learning_rate = 2e-3
@@ -76,7 +76,7 @@ def transformer_maskgit(config: ConfigDict) -> None:
 def transformer_var(config: ConfigDict) -> None:
     """A VAR: scale after scale, over the tokens of `tokenizer-scales`."""
     config.family.tokenizer = SCALES
-    config.family.network = "var(width=128,depth=4,heads=4,scales=(1,2,4,8))"
+    config.family.network = "var(width=128,depth=4,heads=4)"
     config.family.decoding = "var"
     config.train.steps = 4000
     config.train.learning_rate = 1e-3

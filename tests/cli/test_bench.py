@@ -44,7 +44,9 @@ def test_a_preset_for_other_images(capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("what", "passes", "copies"), [("denoise", 1, 1), ("train", 3, 4)])
+@pytest.mark.parametrize(
+    ("what", "passes", "copies"), [("denoise", 1, 1), pytest.param("train", 3, 4, marks=pytest.mark.slow)]
+)
 def test_times_of_a_network_agree_with_its_shapes(capsys, what, passes, copies, dtype):
     """Training takes three passes, and keeps weights, two moments and an average, in float32."""
     result = bench(capsys, f"--what={what}", *TINY, "--batch=16", f"--dtype={dtype}", "--repetitions=3")

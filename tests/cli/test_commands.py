@@ -197,6 +197,7 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
+@pytest.mark.slow
 def test_a_folder_streams_through_the_same_command(pictures, tmp_path, caplog):
     """The same losses whether the images live on the device or stream through grain."""
     flags = [

@@ -22,6 +22,9 @@ from diffusion_jax.diffusion.straight import Straight
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Denoised
 
+USUAL = {"cosine", "edm", "rectified_flow"}
+"""One schedule of each kind: the others with -m slow."""
+
 NAMES = ("vp_linear", "edm", "rectified_flow")
 MEAN = np.array([0.3, -0.2, 0.1, 0.5])
 EIGENVALUES = np.array([0.02, 0.1, 0.3, 0.5])
@@ -215,7 +218,7 @@ def test_flow_of_levels_drawn_alike(x64):
     assert bits.std() < 0.05
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in USUAL else pytest.mark.slow) for n in SCHEDULES])
 def test_flow_on_every_schedule(name):
     """Pixels N(0.2, 0.2^2) on 256 levels, in float32: the entropy log2(0.2 sqrt(2 pi e) 255 / 2), and nothing NaN.
 
@@ -231,7 +234,7 @@ def test_flow_on_every_schedule(name):
     np.testing.assert_allclose(bits.mean(), np.log2(0.2 * np.sqrt(2 * np.pi * np.e) * 255 / 2), atol=0.13)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in USUAL else pytest.mark.slow) for n in SCHEDULES])
 def test_bound_of_levels_drawn_alike(name):
     """The bound is tight for the ideal denoiser of 17 points, in float32: log2(17) bits on every schedule."""
     schedule, x0 = build(name), jnp.asarray(levels_alike(64), jnp.float32)

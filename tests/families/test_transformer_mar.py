@@ -106,7 +106,7 @@ def gaussian():
     return known(lambda latents, shown, label: jnp.broadcast_to(z, (len(latents), 16, 2)), x0_of)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "heun"])
+@pytest.mark.parametrize("solver", ["ddim", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddpm", "heun"))])
 def test_samples_have_the_mean_and_the_covariance_of_the_places(solver):
     """4,000 images in 4 steps: means and deviations to 4 standard errors and 2 %, and no place knows of another."""
     x = drawn(gaussian(), 4000, solver=solver, steps=4, solver_steps=50 if solver == "heun" else 500)[..., 0]

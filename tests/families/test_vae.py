@@ -103,7 +103,13 @@ def test_a_batch_costs_the_mean_of_its_parts():
 # ------------------------------------------------------------------------------------------ likelihood
 
 
-@pytest.mark.parametrize("pixels", ["bernoulli", MIXTURE, "gaussian(std=0.5,learned=True)"])
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        MIXTURE,
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ("bernoulli", "gaussian(std=0.5,learned=True)")),
+    ],
+)
 def test_bits_per_dimension_of_uniform_noise(pixels):
     """Its entropy is log2(levels) = 2 bits: no model is below. The ELBO is above the importance-weighted bound."""
     data = batch(200)

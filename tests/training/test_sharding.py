@@ -113,6 +113,7 @@ def promotion_of_jax_attention():
 
 
 @pytest.mark.usefixtures("promotion_of_jax_attention")
+@pytest.mark.slow  # as in tests/contracts
 def test_bfloat16_trains_and_keeps_its_parameters_in_float32():
     _, program, feed = toys.digits_run(toys.mesh(), network=WIDE, precision="bfloat16", steps=100, log_every=100)
     state, outcome = program.advance(program.init(), feed.chunk(0, 100), jnp.int32(100), {})

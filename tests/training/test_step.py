@@ -103,7 +103,7 @@ def test_after_too_many_in_a_row_nothing_moves_any_more():
     assert {float(state.params["leader"]["w"]) for state in states} == {0.75}
 
 
-@pytest.mark.parametrize("accumulate", [2, 8])
+@pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_microbatches_equal_the_large_batch(accumulate):
     """The same examples with the same noise: losses and parameters agree within float32 reassociation."""
     runs = []
