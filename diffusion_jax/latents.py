@@ -86,7 +86,8 @@ def slerp(first: Array, second: Array, share: Array) -> Array:
     """
     axes = tuple(range(1, first.ndim))
     dot = lambda a, b: jnp.sum(a * b, axis=axes, keepdims=True)
-    cosine = dot(first, second) * jax.lax.rsqrt(dot(first, first) * dot(second, second))
+    lengths = jnp.maximum(dot(first, first) * dot(second, second), jnp.finfo(first.dtype).tiny)
+    cosine = dot(first, second) * jax.lax.rsqrt(lengths)
     theta = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
     share = jnp.asarray(share, first.dtype).reshape(-1, *(1 for _ in axes))
     line = jnp.abs(jnp.sin(theta)) < jnp.sqrt(jnp.finfo(first.dtype).eps)

@@ -20,9 +20,9 @@ def count(tree: Tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def fingerprint(tree: Tree) -> str:
-    """Sixteen hexadecimal digits from the bits of the arrays themselves, leaf after leaf."""
-    state = hashlib.sha256()
+def fingerprint(tree: Tree, function: object = None) -> str:
+    """Sixteen hexadecimal digits from the bits of the arrays, leaf after leaf, and the text form of what reads them."""
+    state = hashlib.sha256(b"" if function is None else repr(function).encode())
     for leaf in jax.tree.leaves(tree):
         state.update(np.ascontiguousarray(leaf).data)
     return state.hexdigest()[:16]

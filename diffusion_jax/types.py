@@ -218,6 +218,7 @@ class Family:
       nll: (weights, batch, key) -> f32[B] in bits per dimension; None where the family has no likelihood.
       dequantised: whether `nll` adds uniform noise of one grey level's width to the images, for a model that is a
         density; where not, it is of the discrete images as they are.
+      bound: whether `nll`, though nothing in it is drawn, is an upper bound of the bits.
       trajectory: as `generate`, with the number of steps as a last argument, a Python number -> all stops on the way,
         f32[n,steps + 1,H,W,C]; None where there is no way.
       latent: what images are made from; None where that is nothing one could walk in.
@@ -243,6 +244,7 @@ class Family:
     sampling: Callable[[Mapping[str, Any]], Tree]
     nll: Callable[[Weights, Batch, Array], Array] | None = None
     dequantised: bool = False
+    bound: bool = False
     trajectory: Callable[[Weights, Array, Condition, Tree, int], Array] | None = None
     latent: Latent | None = None
     edits: Mapping[str, Edit] = field(default_factory=dict)

@@ -69,6 +69,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"{argv[1]!r} is no flag; write --out=DIR.")
     out = Path(OUT.value)
     try:
+        require(bool(CHOSEN.value), "--variants", "", f"must name at least one of {', '.join(VARIANTS)}")
         for name in CHOSEN.value:
             require(name in VARIANTS, "--variants", name, plugs.suggest(name, VARIANTS))
         files.check_can_write("--out", out)

@@ -115,6 +115,13 @@ def test_slerp_of_equal_and_opposite_latents_is_finite(dtype):
     assert latents.slerp(a, -a, 0.3).dtype == dtype
 
 
+def test_slerp_with_nothing_is_finite():
+    """A posterior that is its prior has a mean of exactly 0."""
+    a = jax.random.normal(jax.random.key(0), (2, 3, 3, 1))
+    assert np.all(np.isfinite(latents.slerp(a, 0.0 * a, 0.3)))
+    np.testing.assert_array_equal(latents.slerp(0.0 * a, 0.0 * a, 0.3), 0.0 * a)
+
+
 SHARES = jnp.asarray([0.0, 0.25, 0.75, 1.0])
 
 

@@ -126,6 +126,8 @@ def read(workdir: str) -> Subject:
     require(file.is_file(), "--workdirs", workdir, f"has no evaluation.json; {again}")
     evaluation = files.read_json(file)
     require("cost" in evaluation, "--workdirs", workdir, f"its evaluation.json says nothing of costs; {again}")
+    rule = "is a tokenizer's run, which has no samples; compare models over it"
+    require("metrics" in evaluation or "reconstruction" not in evaluation, "--workdirs", workdir, rule)
     problem = comparison.problem(evaluation)
     require(not problem, "--workdirs", workdir, f"its evaluation.json is not that of a run: {problem}; {again}")
     step = evaluation["step"]

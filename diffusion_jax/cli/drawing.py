@@ -35,6 +35,8 @@ CHANGES = (
     "top_k",
     "top_p",
     "choice_temperature",
+    "guidance_schedule",
+    "solver_steps",
 )
 """Flags that change the field of that name in the config's `sample` section."""
 
@@ -67,9 +69,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     string("solver", f"such as heun or 'ddim(eta=1.0)'; the config's where left out. Rows: {rows('solver')}")
     string("grid", f"such as uniform or 'custom(times=(1.0,0.5))'; the config's where left out. Rows: {rows('grid')}")
-    flags.DEFINE_integer(
-        "steps", None, "of the solver; those of a custom --grid, or the config's, where left out", flag_values=values
+    text = (
+        "of the solver, or of decoding for maskgit and mar; those of a custom --grid, or the config's, where left out"
     )
+    flags.DEFINE_integer("steps", None, text, flag_values=values)
     flags.DEFINE_float("guidance", None, "guidance weight; the config's where left out", flag_values=values)
     string("rules", f"of guidance, such as 'interval+rescaled'; the config's where left out. Rows: {rows('rules')}")
     flags.DEFINE_float("autoguidance", None, "weight against the model of --weak_workdir", flag_values=values)
@@ -91,6 +94,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("top_p", None, text, flag_values=values)
     text = "of maskgit, how much chance there is in which tokens are kept first"
     flags.DEFINE_float("choice_temperature", None, text, flag_values=values)
+    text = "of var and mar, linear for a weight that grows from scale to scale, or as places are filled; or constant"
+    string("guidance_schedule", text)
+    flags.DEFINE_integer("solver_steps", None, "of mar's solver, in each of its --steps", flag_values=values)
     string("ema", "averaging profile, none, or 'posthoc(std=0.1)'; the config's where left out")
     flags.DEFINE_integer("step", None, "of the checkpoint; the newest where left out", flag_values=values)
     string("weak_workdir", "the run of a worse model, for --autoguidance; its config's averaging profile")
@@ -154,7 +160,8 @@ def prepare(values: flags.FlagValues, *, encodes: bool = False, **defaults: Any)
         model = replace(model, family=weak[0])
     changed = {name: values[name].value for name in CHANGES if values[name].value is not None}
     suited = of_encoded(model.config) if encodes else {}
-    section = {**model.settings.sampling, **suited, **defaults, **steps_of(values.grid), **changed}
+    brought = steps_of(values.grid) if model.family.denoise else {}
+    section = {**model.settings.sampling, **suited, **defaults, **brought, **changed}
     options = model.family.sampling(section)
     rule = "is not asked where sample.autoguidance is 1; give --autoguidance=2 or another weight"
     require(not weak or section.get("autoguidance", 1.0) != 1.0, "--weak_workdir", values.weak_workdir, rule)
@@ -196,7 +203,7 @@ def weaken(values: flags.FlagValues, model: "Model") -> tuple[Any, "Weights", in
     """(the family under autoguidance, the worse model's weights, their step)."""
     from diffusion_jax import plugs
     from diffusion_jax.cli.model import load_weights, open_model
-    from diffusion_jax.cli.workdir import completed
+    from diffusion_jax.cli.workdir import completed, tokenizer_record
     from diffusion_jax.diffusion.schedule import SCHEDULES, Learned
 
     weak = open_model(values.weak_workdir, "weak_workdir")
@@ -213,6 +220,9 @@ def weaken(values: flags.FlagValues, model: "Model") -> tuple[Any, "Weights", in
     same = (weak.spec.shape, weak.spec.num_classes) == (model.spec.shape, model.spec.num_classes)
     require(same, "--weak_workdir", values.weak_workdir, "its images are of another size, or its classes others")
     weights, step = load_weights(weak, values.weak_workdir, weak.settings.sample.ema, values.weak_step, "weak_")
+    ours, theirs = tokenizer_record(Path(values.workdir)), tokenizer_record(Path(values.weak_workdir))
+    alike = all((ours or {}).get(name) == (theirs or {}).get(name) for name in ("hash", "shift", "scale"))
+    require(alike, "--weak_workdir", values.weak_workdir, "its tokenizer, or its latents' scale, is another")
     return model.family.guided_by(weak.family.denoise), weights, step
 
 

@@ -114,16 +114,17 @@ class Trained:
         Raises:
           UserError: where that checkpoint is not there any more, or has other parameters than it had.
         """
-        profile = self.model.settings.sample.ema
+        profile = record["ema"] if record else self.model.settings.sample.ema
         wanted = record and record["step"]
         steps = checkpoints_of(self.workdir, TOKENIZER).steps()
         rule = f"its checkpoint of step {wanted}, over which this model was trained, is not there any more"
         require(wanted is None or wanted in steps, f"--{TOKENIZER}", self.workdir, rule)
         weights, step = load_weights(self.model, self.workdir, profile, wanted)
         params = weights[self.model.family.tokenizer.player]
-        about = {"workdir": self.workdir, "step": step, "ema": profile, "hash": tree.fingerprint(params)}
+        function = {name: self.model.config[name] for name in ("family", "precision")}
+        about = {"workdir": self.workdir, "step": step, "ema": profile, "hash": tree.fingerprint(params, function)}
         fine = record is None or record["hash"] == about["hash"]
-        rule = f"its parameters at step {step} are not those that this model was trained over"
+        rule = f"its network or parameters at step {step} are not those that this model was trained over"
         require(fine, f"--{TOKENIZER}", self.workdir, rule)
         everywhere = NamedSharding(mesh, P())
         placed = jax.tree.map(lambda x: tree.place(np.asarray(x), everywhere), params)
@@ -140,6 +141,7 @@ def open_tokenizer(section: Mapping[str, Any], spec: ImageSpec) -> Trained | Non
     if not text.startswith(TRAINED):
         return None
     workdir = text.removeprefix(TRAINED)
+    require(bool(workdir), f"--{TOKENIZER}", text, "must go on with the workdir of a run that trained one")
     model = open_model(workdir, TOKENIZER)
     rule = f"is a run of the family {model.family.name}, which trains no tokenizer"
     require(model.family.tokenizer is not None, f"--{TOKENIZER}", text, rule)
@@ -178,8 +180,12 @@ def open_model(workdir: str, flag: str = "workdir") -> Model:
       UserError: where there is no readable config or no checkpoint.
     """
     config, checkpoints = config_of(workdir, flag), checkpoints_of(workdir, flag)
-    spec = checkpoints.about(checkpoints.steps()[-1])["spec"]
-    return assemble_model(config, ImageSpec(**spec))
+    about = checkpoints.about(checkpoints.steps()[-1])
+    try:
+        spec = ImageSpec(**about["spec"])
+    except (KeyError, TypeError):
+        raise UserError(f"--{flag}={workdir}: its checkpoint does not say what the images look like.") from None
+    return assemble_model(config, spec)
 
 
 def load_weights(model: Model, workdir: str, profile: str, step: int | None, prefix: str = "") -> tuple[Weights, int]:

@@ -45,7 +45,7 @@ class Run(Model):
         `record` is what a checkpoint says of them: see `model.Trained.load`.
         """
         frozen = thawed(self, record)
-        if self.tokenizer and self.family.first_stage.measured and not record:
+        if self.tokenizer and self.family.first_stage.measured and "shift" not in frozen.about:
             mean, std = self.encoded(frozen).moments()
             frozen = standardising(frozen, self.mesh, mean, 1.0 / np.maximum(std, 1e-6))
         return replace(self, frozen=frozen)
@@ -60,10 +60,15 @@ class Run(Model):
         what = (of.name, of.image_size, of.train_split, of.data_dir, first.dtype.__name__, frozen.about["hash"])
         return encoded.fetch(self.dataset.train, what, encode)
 
+    @property
+    def reads_encoded(self) -> bool:
+        """Whether training reads what a frozen tokenizer has made of the images, which are the same each time."""
+        return bool(self.tokenizer) and not (self.settings.data.flip or self.augmentation)
+
     def feed(self) -> data.Feed:
         """The training batches; what a frozen tokenizer makes of images that are always the same is read from disk."""
         train, source = self.settings.train, self.dataset.train
-        if self.tokenizer and not (self.settings.data.flip or self.augmentation):
+        if self.reads_encoded:
             source = self.encoded(self.frozen)
         return data.build_feed(
             source,
@@ -169,7 +174,8 @@ class Run(Model):
     def training_cost(self, workdir: Path, step: int, weights: Weights) -> dict[str, Any]:
         """Images, FLOPs and seconds of the first `step` steps; seconds are None for runs that did not keep them."""
         size = self.settings.train.batch_size
-        state, batch = jax.eval_shape(self.trainer.init), cost.batch_like(self.family, self.spec, size)
+        state = jax.eval_shape(self.trainer.init)
+        batch = cost.batch_like(self.family, self.spec, size, self.reads_encoded)
         frozen = {name: of for name, of in weights.items() if name not in state.params} | self.perceptual()
         flops = cost.training_flops(self.family, self.trainer.update, state, batch, frozen)
         seconds = logbook.seconds_until(workdir / "metrics.jsonl", step)
@@ -203,7 +209,7 @@ class Run(Model):
         measure = Sampler(act, self.spec, self.mesh, self.settings.sample.batch_size)
         key = rng.stream(self.settings.seed, "likelihood")
         bits = np.concatenate(list(measure.batches(weights, 0, rows, len(rows["index"]), key)))
-        return likelihood.summarise(bits) | {"dequantised": self.family.dequantised}
+        return likelihood.summarise(bits) | {"dequantised": self.family.dequantised, "bound": self.family.bound}
 
     def reconstruction(self, weights: Weights, count: int) -> dict[str, Any]:
         """How near `count` held-out images come to themselves, to the latent and back: see `reconstruction.judge`."""

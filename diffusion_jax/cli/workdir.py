@@ -40,7 +40,7 @@ def saved_config(workdir: Path) -> dict[str, Any] | None:
 
 def has_checkpoints(workdir: Path) -> bool:
     """Whether a run was saved here."""
-    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    return any(path.name.isdigit() and path.is_dir() for path in (workdir / "checkpoints").glob("*"))
 
 
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from diffusion_jax import plugs
 from diffusion_jax.data.feed import Feed, resident
-from diffusion_jax.data.source import Dataset, Source
+from diffusion_jax.data.source import Dataset, Source, example_bytes
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.settings import DataSettings
 
@@ -62,14 +62,8 @@ def build_feed(
       device_megabytes: the most that training images may take on a device, whole sets and streamed chunks alike.
     """
     common = {"batch_size": batch_size, "seed": seed, "rows": rows}
-    if image_bytes(source) <= device_megabytes * 2**20:
+    if len(source) * example_bytes(source) <= device_megabytes * 2**20:
         return resident(source, **common, capacity=steps_per_chunk)
     from diffusion_jax.data.stream import stream  # grain takes two seconds to import
 
     return stream(source, **common, most=steps_per_chunk, megabytes=device_megabytes)
-
-
-def image_bytes(source: Source) -> int:
-    """Bytes of all images of `source`, or of what they are encoded as, taking the first one's size for every one's."""
-    first = source[0]
-    return len(source) * first["image" if "image" in first else "encoded"].nbytes

@@ -70,8 +70,9 @@ def fetch(source: Source, about: object, encode: Encode) -> EncodedSource:
     A cache that cannot be written to costs the cache, not the run.
     """
     file = files.cache_directory() / "encoded" / f"{digest(source, about)}.npy"
-    label = _labels(source)
     try:
+        label = source.label if isinstance(source, ArraySource) else np.load(file.with_suffix(".label.npy"))
+        label = label if label is None or len(label) else None
         encoded = np.load(file, mmap_mode="r")
         if len(encoded) != len(source):
             raise ValueError(f"it has {len(encoded)} rows for {len(source)} images")
@@ -80,7 +81,11 @@ def fetch(source: Source, about: object, encode: Encode) -> EncodedSource:
         logging.info("The tokenizer reads all images, once; what it makes of them is kept in %s.", file)
     except (OSError, ValueError, EOFError) as error:
         logging.warning("%s is damaged (%s) and is made again.", file, error)
+    label = _labels(source)
     try:
+        if not isinstance(source, ArraySource):
+            with files.whole(file.with_suffix(".label.npy")) as stream:  # first: where there are codes, it is there
+                np.save(stream, np.zeros(0, np.int32) if label is None else label)
         return EncodedSource(encoded=_written(file, source, encode), label=label)
     except OSError as error:
         logging.warning("What the tokenizer makes of the images can't be kept: %s.", error)

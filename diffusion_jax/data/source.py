@@ -75,6 +75,12 @@ def to_arrays(source: Source) -> ArraySource:
     return ArraySource(image=image, label=label)
 
 
+def example_bytes(source: Source) -> int:
+    """Bytes of the first image of `source`, or of what it is encoded as: that of every one."""
+    first = source[0]
+    return first["image" if "image" in first else "encoded"].nbytes
+
+
 def to_float(image: np.ndarray) -> np.ndarray:
     """f32 in [-1, 1] from u8 in 0..255; float images pass as they are."""
     return image.astype(np.float32) / 127.5 - 1.0 if image.dtype == np.uint8 else image

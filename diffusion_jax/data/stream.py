@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from diffusion_jax import tree
 from diffusion_jax.data import order
 from diffusion_jax.data.feed import positions
-from diffusion_jax.data.source import Source
+from diffusion_jax.data.source import Source, example_bytes
 from diffusion_jax.types import Array, Batch, Tree
 
 _SLAB = 32  # most examples that a thread reads at once: every hand-over from a thread costs the main one up to 5 ms
@@ -98,6 +98,6 @@ def local_rows(rows: NamedSharding, batch_size: int) -> np.ndarray:
 def stream(source: Source, batch_size: int, seed: int, rows: NamedSharding, most: int, megabytes: int) -> StreamFeed:
     """A feed whose chunks hold up to `most` batches: the one in use and the next fit into `megabytes` a process."""
     processes = len({device.process_index for device in rows.mesh.devices.flat})
-    a_batch = source[0]["image"].nbytes * batch_size // processes
+    a_batch = example_bytes(source) * batch_size // processes
     capacity = max(1, min(most, megabytes * 2**20 // (2 * a_batch)))
     return StreamFeed(source, batch_size, seed, rows, capacity)

@@ -27,6 +27,8 @@ READ = {
     **dict.fromkeys(("frechet_ratio", "metrics.frechet.value", "cost.training.flops", "cost.sampling.flops"), NUMBER),
     **dict.fromkeys(("cost.training.steps", "cost.training.images", "cost.sampling.batch_size"), int),
     **dict.fromkeys(("cost.sampling.evaluations", "cost.sampling.seconds"), NUMBER),
+    **dict.fromkeys(("memorisation.samples", "memorisation.held_out"), NUMBER),
+    "memorisation.exact_copies": int,
     "cost.parameters.players": Mapping,
     "cost.training.seconds": (*NUMBER, type(None)),
 }
@@ -106,8 +108,12 @@ def record(
     for metric in METRICS:
         row |= _figure(metric, metrics.get(metric)) | {f"{metric}_floor": metrics.get(metric, {}).get("floor")}
     row["frechet_ratio"] = evaluation["frechet_ratio"]
+    memory = evaluation["memorisation"]
+    row |= {"distance_to_training": memory["samples"], "distance_to_training_floor": memory["held_out"]}
+    row |= {"exact_copies": memory["exact_copies"]}
     row |= _figure("bits_per_dimension", bits)
     row |= {"bits_images": bits and bits["images"], "dequantised": bits and bits["dequantised"]}
+    row["bits_bound"] = bits and (bits["bound"] or bool(likelihood))
     row["likelihood"] = likelihood if bits else None
     players = cost["parameters"]["players"]
     row["parameters"] = cost["parameters"]["total"]
@@ -134,6 +140,8 @@ ROWS = {
     "precision": "precision ↑",
     "recall": "recall ↑",
     "label_accuracy": "label accuracy ↑",
+    "distance_to_training": "distance to the nearest training image, not lower",
+    "exact_copies": "exact copies of training images ↓",
     "bits_per_dimension": "bits per dimension ↓",
     "parameters": "parameters",
     "players": "parameters of each player",
@@ -197,15 +205,17 @@ def _notes(records: Sequence[Record], about: Mapping[str, Any]) -> list[str]:
     notes = [
         f"{about['num_samples']:,} samples of each run; each figure is of {n} against {n} held-out images, mean of "
         f"{about['subsets']} draws, with the 95 % interval of one draw. Real floor: {n} real training images in their "
-        "place; of label accuracy, the held-out images.",
+        "place; of label accuracy and the distance to training images, the held-out images.",
         f"Features: {features['name']} ({features['fingerprint']}).",
     ]
     for record in records:
         if record["bits_per_dimension"] is not None:
             what = "with uniform noise of one grey level" if record["dequantised"] else "discrete, not dequantised"
-            by = f"an upper bound in the mean, by {record['likelihood']}," if record["likelihood"] else "exact,"
+            by = "an upper bound," if record["bits_bound"] else "exact,"
+            by = f"an upper bound in the mean, by {record['likelihood']}," if record["likelihood"] else by
             notes.append(
-                f"Bits per dimension of {record['run']}: {by} of {record['bits_images']:,} held-out images, {what}."
+                f"Bits per dimension of {record['run']}: {by} of {record['bits_images']:,} held-out images, given the "
+                f"labels that they have, {what}."
             )
     return [
         *notes,

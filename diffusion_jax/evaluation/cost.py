@@ -41,11 +41,11 @@ def training_flops(
     return sum(2.0 * turn(player) / player.every for player in family.players)
 
 
-def batch_like(family: Family, spec: ImageSpec, size: int) -> Batch:
-    """Shapes of a training batch of `size` images, which a frozen tokenizer has read beforehand."""
+def batch_like(family: Family, spec: ImageSpec, size: int, encoded: bool = False) -> Batch:
+    """Shapes of a training batch of `size` images, or of what the family's first stage has `encoded` them as."""
     number, first = jax.ShapeDtypeStruct((size,), jnp.int32), family.first_stage
     batch = {"index": number}
-    if first:
+    if encoded:
         batch["encoded"] = jax.ShapeDtypeStruct((size, *first.shape), first.dtype)
     else:
         batch["image"] = jax.ShapeDtypeStruct((size, *spec.shape), jnp.float32)
@@ -90,7 +90,8 @@ def sampling_flops(
     first, decoding = family.first_stage, 0.0
     if first:
         decoding = 2.0 * multiply_adds_of(first.decode, weights, jax.ShapeDtypeStruct((1, *first.shape), first.dtype))
-    x, t = jax.ShapeDtypeStruct((1, *(first or spec).shape), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    shape = family.latent.shape if family.latent else spec.shape
+    x, t = jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
     label = jax.ShapeDtypeStruct((1,), jnp.int32) if spec.num_classes else None
     if family.run is not None:
         condition = {"label": label} if spec.num_classes else {}
@@ -109,7 +110,7 @@ def sampling_flops(
 
 
 def parameters(weights: Weights) -> dict[str, Any]:
-    """Numbers that sampling or training needs: `total`, and of each player, and a frozen tokenizer, in `players`."""
+    """Numbers that sampling or training needs: `total`, and of each player, and a frozen first stage, in `players`."""
     players = {name: tree.count(params) for name, params in weights.items()}
     return {"total": sum(players.values()), "players": players}
 

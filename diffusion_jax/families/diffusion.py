@@ -256,17 +256,22 @@ class Model:
             init=self.init,
             generate=self.generate,
             sampling=self.sampling,
-            nll=None if self.stage.measured else self.nll,
+            nll=self.nll if self.over_pixels else None,
             dequantised=isinstance(self.likelihood, Flow),
             trajectory=self.trajectory,
             latent=Latent(shape=self.spec.shape, draw=self.noise, decode=self.decode, encode=self.encode),
-            edits={} if self.stage.measured else {name: partial(edit, self) for name, edit in EDITS.items()},
+            edits={name: partial(edit, self) for name, edit in EDITS.items()} if self.over_pixels else {},
             denoise=self.bound,
             augment=self.network.augment,
             counted=self.counted,
             first_stage=self.stage.first_stage(self.spec.shape),
             guided_by=lambda weak: replace(self, weak=weak).family(),
         )
+
+    @property
+    def over_pixels(self) -> bool:
+        """Whether x0 is the image itself."""
+        return self.stage.tokenizer.exact and self.stage.by_vectors
 
     def init(self, key: Array) -> tuple[Weights, Tree]:
         """Parameters by player, and the history of losses that `quantiles` keeps."""
@@ -417,8 +422,8 @@ class Model:
         """All stops on the way, f32[n,steps + 1,H,W,C]; `steps` are those of `options`, as a Python number."""
         walk = self.walk(weights, condition, options)._replace(steps=steps)
         stops = trajectory(*walk, editing.first_stop(walk, self.noise(keys, options)), rng.fold(keys, 1))
-        if self.stage.measured:
-            stops = jax.vmap(partial(self.stage.decode, weights))(stops)
+        if not self.over_pixels:
+            stops = jax.lax.map(partial(self.stage.decode, weights), stops)
         return jnp.swapaxes(stops, 0, 1)
 
     def walk(self, weights: Weights, condition: Condition, options: Options) -> Walk:

@@ -157,8 +157,9 @@ def build(settings: FamilySettings, spec: ImageSpec, precision: str) -> Family:
     Raises:
       UserError: for an unknown row or option, or networks that do not fit `spec` or the spectral normalisation.
     """
-    bounded = settings.loss != "wasserstein" or settings.regularisers or settings.spectral_norm != "none"
-    rule = "needs a discriminator that is held back: gradient_penalty, or spectral_norm"
+    unbounded = plugs.parse("family.loss", settings.loss)[0] == "wasserstein"
+    bounded = not unbounded or settings.regularisers or settings.spectral_norm != "none"
+    rule = "needs a discriminator that is held back: a penalty such as gradient_penalty, or spectral_norm"
     require(bool(bounded), "family.loss", settings.loss, rule)
     generator = networks.build_generator("family.generator", settings.generator, spec, precision)
     discriminator = networks.build_discriminator("family.discriminator", settings.discriminator, spec, precision)

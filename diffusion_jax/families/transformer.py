@@ -185,6 +185,7 @@ class Model:
             generate=self.generate,
             sampling=self.sampling,
             nll=self.nll if likely else None,
+            bound=isinstance(self.decoding, VAR),
             edits={"inpaint": self.inpaint} if isinstance(self.decoding, MaskGIT | MAR) else {},
             counted=self.counted,
             first_stage=self.stage.first_stage(self.shape),
@@ -272,7 +273,8 @@ class Model:
         A token is kept where all its pixels are known; in the result the known pixels are the image's own.
         """
         image, (h, w, d) = inputs["image"], self.decoding.tokens.grid
-        tokens = self.read(weights, inputs)
+        seen = jnp.where(inputs["known"], image, 0.0)  # what is made anew must not shine through the known tokens
+        tokens = self.read(weights, {"image": seen})
         known = jnp.all(inputs["known"].reshape(len(image), h, image.shape[1] // h, w, -1), axis=(2, 4))
         known = jnp.repeat(known.reshape(len(image), h * w), d, axis=1)
 

@@ -246,6 +246,7 @@ class MAR:
 
         noise = rng.normal(rng.fold(keys, 0), (self.tokens.length, 1, self.tokens.channels))
         schedule, keys = self.predicted.schedule, rng.fold(keys, 1)
+        noise = schedule.sigma(options.times[0]) * noise
         x = solve(cold, schedule, options.solver, options.times, options.solver_steps, noise, keys)
         return tau * x[:, :, 0]
 

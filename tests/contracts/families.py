@@ -76,7 +76,8 @@ def diffusion(
 ):
     section = {"name": "diffusion", "network": network, "schedule": schedule, "prediction": prediction, **fields}
     options = WALK | (GUIDANCE if spec.num_classes else {}) | (options or {})
-    return Variant(section=section, spec=spec, options=options, bounds=(bound,), worse=worse)
+    bounds = (bound,) if "tokenizer" not in fields else ()
+    return Variant(section=section, spec=spec, options=options, bounds=bounds, worse=worse)
 
 
 DIFFUSION = {
@@ -91,6 +92,7 @@ DIFFUSION = {
         bound="flow(steps=4)",
     ),
     "diffusion-edm": diffusion("edm", "edm", weighting="edm", time_sampling="log_normal"),
+    "diffusion-patches": diffusion("cosine", "v", tokenizer="patches(size=2)"),
     "diffusion-unet": diffusion("vp_linear", "v", network=UNET),
     "diffusion-learned": diffusion(
         "learned(hidden=8)", "v", weighting="elbo", time_sampling="uniform", quantiles="importance(bins=4,memory=1)"
@@ -140,6 +142,7 @@ GAN = {
     "gan-hinge": gan(
         "dcgan(width=8)", R3GAN, loss="hinge", regularisers="gradient_penalty(every=2)", discriminator_rate=2.0
     ),
+    "gan-wasserstein": gan("dcgan(width=8)", R3GAN, loss="wasserstein", regularisers="gradient_penalty"),
 }
 
 

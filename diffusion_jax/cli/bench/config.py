@@ -11,7 +11,7 @@ from diffusion_jax import tree
 from diffusion_jax.cli import arguments
 from diffusion_jax.cli import run as runs
 from diffusion_jax.cli.bench.instruments import device, durations, peak_flops, timed
-from diffusion_jax.cli.workdir import saved_config
+from diffusion_jax.cli.workdir import saved_config, tokenizer_record
 from diffusion_jax.errors import UserError
 
 
@@ -20,7 +20,7 @@ def measure(values: flags.FlagValues) -> dict[str, Any]:
     config = saved_config(Path(values.workdir)) if values.workdir else arguments.config_of(values)
     if config is None:
         raise UserError(f"--workdir={values.workdir}: there is no run here (no config.json).")
-    run = runs.assemble(config)
+    run = runs.assemble(config).thawed(tokenizer_record(Path(values.workdir)) if values.workdir else None)
     capacity = run.settings.train.log_every
     if values.steps > capacity:
         raise UserError(f"--steps={values.steps}: must be at most train.log_every = {capacity}, one dispatch.")
@@ -31,14 +31,14 @@ def measure(values: flags.FlagValues) -> dict[str, Any]:
 def train(run: runs.Run, steps: int, repetitions: int, profile: str | None) -> dict[str, Any]:
     """The training program: compile time, time a step, FLOP/s beside the peak."""
     feed = run.feed()
-    program = run.program(feed)
+    program, frozen = run.program(feed), run.for_training()
     chunk, count = feed.chunk(0, steps), tree.place(np.array(steps, np.int32), program.abstract.step.sharding)
-    compile_s, advance = timed(lambda: program.advance.lower(program.abstract, chunk, count, {}).compile())
+    compile_s, advance = timed(lambda: program.advance.lower(program.abstract, chunk, count, frozen).compile())
     state = jax.block_until_ready(program.init())
 
     def repeat() -> None:
         nonlocal state
-        state, _ = jax.block_until_ready(advance(state, chunk, count, {}))
+        state, _ = jax.block_until_ready(advance(state, chunk, count, frozen))
 
     seconds = [second / steps for second in durations(repeat, repetitions, profile)]
     # The loop's body is counted once, whatever the number of steps, and for one device.
@@ -63,7 +63,7 @@ def sample(run: runs.Run, repetitions: int, profile: str | None) -> dict[str, An
     init = jax.jit(
         lambda: run.trainer.init().params, out_shardings=jax.tree.map(lambda x: x.sharding, run.weights_like())
     )
-    weights = init()
+    weights = init() | run.frozen.as_weights()
     rows = sampler.labels(sampler.batch_size)
 
     def draw() -> None:
