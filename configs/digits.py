@@ -91,14 +91,18 @@ def vae(config: ConfigDict) -> None:
 def transformer(config: ConfigDict) -> None:
     """A GPT over the 64 pixels, each a token of 17 grey levels, drawn one after the other.
 
-    Its likelihood is exact. Dropout, for 1,198 digits are few; a little guidance, for the label.
+    Its likelihood is exact. A temperature above 1 gives back variety, and guidance the label that it costs.
+
+    Cost: 4,000 steps, 7 minutes on a busy machine. Score, of one seed: Fréchet distance 1.43 times the
+    real floor, precision 0.90, recall 0.80, 98.4 % recognised, 1.86 bits per dimension (see README).
     """
     one_cycle(config)
-    config.family.network = "gpt(width=96,depth=4,heads=4,multiple_of=1,dropout=0.3)"
-    config.train.steps = 8000
+    config.family.network = "gpt(width=96,depth=4,heads=4,multiple_of=1,dropout=0.2)"
+    config.train.steps = 4000
     config.train.batch_size = 32
     config.train.learning_rate = 2e-3
-    config.sample.guidance = 1.1
+    config.sample.guidance = 1.3
+    config.sample.temperature = 1.12
 
 
 def transformer_maskgit(config: ConfigDict) -> None:
@@ -106,6 +110,9 @@ def transformer_maskgit(config: ConfigDict) -> None:
 
     Keeping the surest of many, as on tokens of 16x16 pixels, takes the variety out of single pixels: 16 steps at the
     usual choice temperature of 4.5 lose a quarter of the recall.
+
+    Not measured at this length. After 4,000 steps, without guidance: Fréchet distance 1.69 times the real floor, precision
+    0.82, recall 0.83, 95.0 % recognised.
     """
     one_cycle(config)
     config.family.network = "maskgit(width=96,depth=4,heads=4,dropout=0.1)"
