@@ -80,7 +80,7 @@ def test_the_table_holds_what_the_evaluations_say(runs, tmp_path, capsys):
         assert float(row["training_flops"]) == expected["cost"]["training"]["flops"]
         assert 0.0 < float(row["bits_per_dimension"]) < 20.0
         assert row["dequantised"] == "False"
-    assert "60 held-out images, discrete, not dequantised" in text
+    assert "60 held-out images, given the labels that they have, discrete, not dequantised" in text
     assert [record["frechet"] for record in printed["runs"]] == [float(row["frechet"]) for row in rows]
     # One step of Heun is one evaluation at t = 1, unguided; two are that and two guided ones at t = 1/4.
     asked = [(row["run"], row["steps"], row["sampling_evaluations"]) for row in printed["steps"]]
