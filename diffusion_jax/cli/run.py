@@ -177,12 +177,12 @@ class Run(Model):
         state = jax.eval_shape(self.trainer.init)
         batch = cost.batch_like(self.family, self.spec, size, self.reads_encoded)
         frozen = {name: of for name, of in weights.items() if name not in state.params} | self.perceptual()
-        flops = cost.training_flops(self.family, self.trainer.update, state, batch, frozen)
+        flops = cost.training_flops(self.family, self.trainer.update, state, batch, frozen, step)
         seconds = logbook.seconds_until(workdir / "metrics.jsonl", step)
         return {
             "steps": step,
             "images": step * size,
-            "flops": step * flops,
+            "flops": flops,
             "seconds": None if math.isnan(seconds) else seconds,
         }
 

@@ -5,7 +5,6 @@ FLOPs are twice the multiply-adds of products and convolutions, as `networks.flo
 
 from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,9 +22,10 @@ def training_flops(
     update: Callable[[Player, TrainState, Batch, Tree], Any],
     state: TrainState,
     batch: Batch,
-    frozen: Tree = MappingProxyType({}),
+    frozen: Tree,
+    steps: int,
 ) -> float:
-    """FLOPs of a step on `batch`: of each player's update, by the share of steps in which it is that player's turn.
+    """FLOPs of `steps` steps on batches such as `batch`: of each player's update, in the steps that are its turn.
 
     They are those of the program as it is written. What the compiler computes once for two players counts twice, and a
     penalty that is due in some steps only counts as if it were due in all. Updates of averages are left out.
@@ -36,9 +36,11 @@ def training_flops(
       state: shapes suffice, as they do of `batch`.
       batch: see `batch_like`.
       frozen: parameters of other models.
+      steps: from the first one on; a player takes part from its `start` on, in each `every`-th.
     """
-    turn = lambda player: multiply_adds_of(partial(update, player), state, batch, dict(frozen))
-    return sum(2.0 * turn(player) / player.every for player in family.players)
+    turns = lambda player: max(0, steps - player.start) / player.every
+    turn = lambda player: multiply_adds_of(partial(update, player), state, batch, frozen)
+    return sum(2.0 * turn(player) * turns(player) for player in family.players)
 
 
 def batch_like(family: Family, spec: ImageSpec, size: int, encoded: bool = False) -> Batch:

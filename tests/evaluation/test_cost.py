@@ -20,7 +20,7 @@ FORWARD = 2 * (16 * 32 + 32 * 5)
 """FLOPs of its forward pass, an image."""
 
 
-def dense(every=1) -> Family:
+def dense(every=1, start=0) -> Family:
     """Two players with the same network and loss; the second moves in each `every`-th step."""
 
     def network(params, x):
@@ -43,7 +43,7 @@ def dense(every=1) -> Family:
         name="dense",
         players=(
             Player(name="always", loss=loss("always")),
-            Player(name="sometimes", loss=loss("sometimes"), every=every),
+            Player(name="sometimes", loss=loss("sometimes"), every=every, start=start),
         ),
         init=init,
         generate=generate,
@@ -51,10 +51,10 @@ def dense(every=1) -> Family:
     )
 
 
-def training_flops(family, **settings):
+def training_flops(family, steps=1, **settings):
     trainer = Trainer(family, TrainSettings(batch_size=BATCH, optimizer="sgd", clip_norm=0.0, **settings), seed=0)
     batch = cost.batch_like(family, SPEC, BATCH)
-    return cost.training_flops(family, trainer.update, jax.eval_shape(trainer.init), batch)
+    return cost.training_flops(family, trainer.update, jax.eval_shape(trainer.init), batch, {}, steps)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -68,6 +68,8 @@ def test_a_step_takes_three_forward_passes_less_the_images_gradient(accumulate):
 def test_a_player_counts_in_the_steps_that_are_its_own():
     one = training_flops(dense())
     assert training_flops(dense(every=4)) == pytest.approx(one * (1 + 1 / 4) / 2)
+    assert training_flops(dense(start=30), steps=40) == pytest.approx(one * (40 + 10) / 2)
+    assert training_flops(dense(start=50), steps=40) == pytest.approx(one * 40 / 2)
 
 
 def test_a_sample_of_a_family_without_a_loop_is_one_forward_pass():
