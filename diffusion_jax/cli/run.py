@@ -30,12 +30,18 @@ from diffusion_jax.types import Array, Batch, Family, TrainState, Tree, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Model):
-    """Everything that a config describes: the model, its data and its training."""
+    """Everything that a config describes: the model, its data and its training.
+
+    Attributes:
+      frozen: parameters of other runs, once they are `thawed`.
+      codes: the training images as a frozen tokenizer has them, likewise; None where nobody reads those.
+    """
 
     dataset: Dataset
     trainer: Trainer
     augmentation: augment.Augmentation | None
     frozen: Frozen = NOTHING
+    codes: encoded.EncodedSource | None = None
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -45,10 +51,12 @@ class Run(Model):
         `record` is what a checkpoint says of them: see `model.Trained.load`.
         """
         frozen = thawed(self, record)
-        if self.tokenizer and self.family.first_stage.measured and "shift" not in frozen.about:
-            mean, std = self.encoded(frozen).moments()
+        measured = self.tokenizer and self.family.first_stage.measured and "shift" not in frozen.about
+        codes = self.encoded(frozen) if self.reads_encoded or measured else None
+        if measured:
+            mean, std = codes.moments()
             frozen = standardising(frozen, self.mesh, mean, 1.0 / np.maximum(std, 1e-6))
-        return replace(self, frozen=frozen)
+        return replace(self, frozen=frozen, codes=codes)
 
     def encoded(self, frozen: Frozen) -> encoded.EncodedSource:
         """The training images as the frozen tokenizer has them, from the cache or made now."""
@@ -67,11 +75,9 @@ class Run(Model):
 
     def feed(self) -> data.Feed:
         """The training batches; what a frozen tokenizer makes of images that are always the same is read from disk."""
-        train, source = self.settings.train, self.dataset.train
-        if self.reads_encoded:
-            source = self.encoded(self.frozen)
+        train = self.settings.train
         return data.build_feed(
-            source,
+            self.codes if self.reads_encoded else self.dataset.train,
             batch_size=train.batch_size,
             seed=self.settings.seed,
             rows=NamedSharding(self.mesh, sharding.BATCH),
