@@ -1,6 +1,7 @@
 """The diffusion family: learn to undo noise, then walk from noise to an image.
 
-Read top to bottom: what a user sets; how it becomes a network, a prediction and an objective; the losses; sampling.
+Read top to bottom: what a user sets; how it becomes a network, a prediction and an objective; the losses; sampling,
+whose own options stand in `diffusion_sampling`.
 
     x_t = alpha(t) x0 + sigma(t) eps          the schedule says how an image drowns in noise
     y   = a(t) x0 + b(t) eps                  the prediction says what the network regresses on
@@ -22,19 +23,24 @@ from diffusion_jax import networks, plugs, rng, tokenizers
 from diffusion_jax.diffusion import editing, guidance
 from diffusion_jax.diffusion.broadcast import over
 from diffusion_jax.diffusion.editing import Walk
-from diffusion_jax.diffusion.grids import GRIDS, MAX_STEPS
 from diffusion_jax.diffusion.likelihood import LIKELIHOODS, Flow, Likelihood
 from diffusion_jax.diffusion.objectives import OBJECTIVES, Objective
 from diffusion_jax.diffusion.prediction import PREDICTIONS, Prediction, check_pairing
 from diffusion_jax.diffusion.schedule import SCHEDULES, Learned, Schedule, logsnr
-from diffusion_jax.diffusion.solvers import DDIM, SOLVERS
-from diffusion_jax.diffusion.solvers.base import Solver, trajectory
-from diffusion_jax.diffusion.thresholding import THRESHOLDS, NoThreshold, Threshold, thresholded
+from diffusion_jax.diffusion.solvers.base import trajectory
+from diffusion_jax.diffusion.thresholding import thresholded
 from diffusion_jax.diffusion.time_sampling import QUANTILES, TIME_SAMPLINGS, Quantiles, TimeSampling
 from diffusion_jax.diffusion.weighting import WEIGHTINGS
 from diffusion_jax.errors import require
 from diffusion_jax.families.diffusion_classifier import NoisyClassifier
 from diffusion_jax.families.diffusion_edits import EDITS
+from diffusion_jax.families.diffusion_sampling import (
+    AutoguidedSettings,
+    Options,
+    SampleSettings,
+    check_fits,
+    options_of,
+)
 from diffusion_jax.settings import from_section
 from diffusion_jax.tokenizers import Stage, Tokenizer
 from diffusion_jax.types import (
@@ -90,75 +96,6 @@ class FamilySettings:
     def __post_init__(self) -> None:
         inside = 0.0 <= self.label_dropout < 1.0
         require(inside, "family.label_dropout", self.label_dropout, "must lie in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleSettings:
-    """The family's part of the config's `sample` section.
-
-    Attributes:
-      solver: from `diffusion.solvers.SOLVERS`.
-      grid: from `diffusion.grids.GRIDS`.
-      steps: of the solver, at most `grids.MAX_STEPS`.
-      guidance: weight of the conditional model against the other; 1 is the conditional one alone, 0 the other.
-      rules: from `diffusion.guidance.GUIDANCE_RULES`, joined by "+"; they change what `guidance` does.
-      classifier: weight of the gradient of `family.classifier`; 0 for none.
-      threshold: from `diffusion.thresholding.THRESHOLDS`, what keeps x0 in range at every step.
-      temperature: standard deviation of the noise at the start, over the schedule's own; a little above 1 gives back
-        variety that a small network loses.
-    """
-
-    solver: str = "heun"
-    grid: str = "uniform"
-    steps: int = 20
-    guidance: float = 1.0
-    rules: str = ""
-    classifier: float = 0.0
-    threshold: str = "static"
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(1 <= self.steps <= MAX_STEPS, "sample.steps", self.steps, f"must lie in [1, {MAX_STEPS}]")
-        for name in ("guidance", "classifier"):
-            weight = getattr(self, name)
-            require(0.0 <= weight < jnp.inf, f"sample.{name}", weight, "must be a number from 0 on")
-        require(0.0 < self.temperature < jnp.inf, "sample.temperature", self.temperature, "must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoguidedSettings(SampleSettings):
-    """The same for a model beside a worse one, which a command names.
-
-    Attributes:
-      autoguidance: weight of the model, as `guidance` made it, against the worse one; 1 is the model alone.
-      autoguidance_rules: as `rules`, of what `autoguidance` does.
-    """
-
-    autoguidance: float = 1.0
-    autoguidance_rules: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fine = 0.0 <= self.autoguidance < jnp.inf
-        require(fine, "sample.autoguidance", self.autoguidance, "must be a number from 0 on")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of `generate`: all traced but the kinds of solver, rules and threshold: new numbers compile nothing."""
-
-    solver: Solver
-    times: Array  # f32[MAX_STEPS + 1], from the grid
-    of_noise: Array  # bool[]: the times stand for log-SNRs
-    steps: Array  # i32[]
-    guidance: Array  # f32[]
-    rules: tuple[guidance.Rule, ...]
-    autoguidance: Array  # f32[]
-    autoguidance_rules: tuple[guidance.Rule, ...]
-    classifier: Array  # f32[]
-    threshold: Threshold
-    temperature: Array  # f32[]
 
 
 # ---------------------------------------------------------------------------------------------- how it is built
@@ -454,42 +391,10 @@ class Model:
     def sampling(self, section: Mapping[str, Any]) -> Options:
         """Check the config's `sample` section and make it options of `generate`."""
         settings = from_section(AutoguidedSettings if self.weak else SampleSettings, section, "sample")
-        away, away_rules = (settings.autoguidance, settings.autoguidance_rules) if self.weak else (1.0, "")
-        labels = bool(self.spec.num_classes and self.label_dropout)
-        rule = "must be 1 for a model without labels or label_dropout"
-        require(settings.guidance == 1.0 or labels, "sample.guidance", settings.guidance, rule)
-        rule = "must be empty for a model without labels or label_dropout"
-        require(not settings.rules or labels, "sample.rules", settings.rules, rule)
-        rule = "must be 0 for a model without family.classifier"
-        require(settings.classifier == 0.0 or self.classifier, "sample.classifier", settings.classifier, rule)
-        grid = plugs.build("sample.grid", settings.grid, GRIDS)
-        threshold = plugs.build("sample.threshold", settings.threshold, THRESHOLDS)
-        fine = isinstance(threshold, NoThreshold) or not self.stage.measured
-        require(fine, "sample.threshold", settings.threshold, "must be none: latents have no range")
-        rule = f"the grid {settings.grid} has {grid.steps} steps; set as many"
-        require(grid.steps in (None, settings.steps), "sample.steps", settings.steps, rule)
-        rule = f"the grid {settings.grid} has no more than {grid.most} stops"
-        require(settings.steps <= grid.most, "sample.steps", settings.steps, rule)
-        solver = plugs.build("sample.solver", settings.solver, SOLVERS)
-        return Options(
-            solver=solver,
-            times=grid(self.begun, jnp.int32(settings.steps)),
-            of_noise=jnp.bool_(grid.of_noise),
-            steps=jnp.int32(settings.steps),
-            guidance=jnp.float32(settings.guidance),
-            rules=_rules("sample.rules", settings.rules, solver),
-            autoguidance=jnp.float32(away),
-            autoguidance_rules=_rules("sample.autoguidance_rules", away_rules, solver),
-            classifier=jnp.float32(settings.classifier),
-            threshold=threshold,
-            temperature=jnp.float32(settings.temperature),
+        check_fits(
+            settings,
+            labels=bool(self.spec.num_classes and self.label_dropout),
+            classifier=self.classifier is not None,
+            bounded=not self.stage.measured,
         )
-
-
-def _rules(field: str, text: str, solver: Solver) -> tuple[guidance.Rule, ...]:
-    """The rules of guidance that `text` names."""
-    rules = plugs.build_all(field, text, guidance.GUIDANCE_RULES)
-    plain_ddim = isinstance(solver, DDIM) and solver.eta == 0.0
-    fine = plain_ddim or not any(isinstance(rule, guidance.CFGPlusPlus) for rule in rules)
-    require(fine, field, text, "cfg_pp is a method for the solver ddim with eta = 0")
-    return rules
+        return options_of(settings, self.begun)
