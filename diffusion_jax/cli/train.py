@@ -7,6 +7,7 @@ end stand a grid of samples, an evaluation against held-out images and the next 
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,18 +50,18 @@ def main(argv: Sequence[str]) -> None:
 
     from diffusion_jax.cli import run as runs
     from diffusion_jax.cli import runtime
-    from diffusion_jax.cli.workdir import check_config, keep_config, tokenizer_record
+    from diffusion_jax.cli.workdir import check_config, keep_config, saved_steps, tokenizer_record
     from diffusion_jax.training.checkpoint import Checkpoints
 
     runtime.prepare()
     run = runs.assemble(config)
     check_config(workdir, run.config, values.override)
-    run = run.thawed(tokenizer_record(workdir))
-    feed = run.feed()
-    program = run.program(feed)
-    with files.locked(workdir):
-        checkpoints = Checkpoints(workdir, run.settings.checkpoint)
-        try:
+    try:
+        with preemption.leaving_at_once():
+            run = run.thawed(tokenizer_record(workdir))
+        feed = run.feed()
+        program = run.program(feed)
+        with files.locked(workdir), closing(Checkpoints(workdir, run.settings.checkpoint)) as checkpoints:
             start = (checkpoints.steps() or [0])[-1]
             if start:
                 checkpoints.check(program.abstract, start)
@@ -70,14 +71,11 @@ def main(argv: Sequence[str]) -> None:
                 raise Leave
             with preemption.leaving_at_once():
                 finish(run, workdir, state, step)
-        except Leave:
-            checkpoints.wait()
-            steps = checkpoints.steps()
-            where = f"saved at step {steps[-1]}" if steps else "there was nothing to save yet"
-            again = shlex.join(["diffusion-jax", "train", *argv])
-            print(f"Asked to stop; {where}. The same command goes on from there:\n  {again}")
-        finally:
-            checkpoints.close()
+    except Leave:
+        steps = saved_steps(workdir)
+        where = f"saved at step {steps[-1]}" if steps else "there was nothing to save yet"
+        print(f"Asked to stop; {where}. The same command goes on from there:")
+        print(f"  {shlex.join(['diffusion-jax', 'train', *argv])}")
 
 
 def train(

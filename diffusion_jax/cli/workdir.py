@@ -43,6 +43,11 @@ def has_checkpoints(workdir: Path) -> bool:
     return any(path.name.isdigit() and path.is_dir() for path in (workdir / "checkpoints").glob("*"))
 
 
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps at which a run was saved, ascending."""
+    return Checkpoints(workdir).steps() if has_checkpoints(workdir) else []
+
+
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved config with the fields that did not exist yet when it was saved, at their defaults.
 
@@ -94,11 +99,8 @@ def checkpoints_of(workdir: str, flag: str) -> Checkpoints:
 
 def tokenizer_record(workdir: Path) -> dict[str, Any] | None:
     """What the newest checkpoint in a workdir says of the frozen tokenizer; None where there is none of either."""
-    if not has_checkpoints(workdir):
-        return None
-    checkpoints = Checkpoints(workdir)
-    steps = checkpoints.steps()
-    return checkpoints.about(steps[-1]).get("tokenizer") if steps else None
+    steps = saved_steps(workdir)
+    return Checkpoints(workdir).about(steps[-1]).get("tokenizer") if steps else None
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

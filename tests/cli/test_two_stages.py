@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from diffusion_jax.cli import train as command
 from diffusion_jax.cli.main import main
 from diffusion_jax.cli.model import load_weights, open_model
 from diffusion_jax.cli.run import open_run
+from diffusion_jax.data import encoded
 from diffusion_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -128,6 +131,28 @@ def test_a_run_that_was_stopped_ends_where_it_would_have_ended(runs, train, tmp_
     ours, theirs = (load_weights(open_model(str(d)), str(d), "none", 4)[0] for d in (tmp_path / "run", runs / "latent"))
     same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     jax.tree.map(same, ours["denoiser"], theirs["denoiser"])
+
+
+def test_asked_to_leave_while_the_images_are_read_it_leaves_nothing_behind(runs, train, tmp_path, monkeypatch, capsys):
+    """Neither a workdir nor half a file of codes."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    read = encoded.to_float
+
+    def interrupted(images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(images)
+
+    monkeypatch.setattr(encoded, "to_float", interrupted)
+    over = f"--config.family.tokenizer=workdir:{runs / 'tokenizer'}"
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert train(tmp_path / "run", "transformer", over, *GPT) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "nothing to save yet" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert not list(cache.glob("**/encoded/*"))
 
 
 def test_costs_count_the_latents_and_the_decoder(runs):
