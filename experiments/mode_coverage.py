@@ -46,6 +46,8 @@ VARIANTS = {
     "rpgan_r1_r2": Variant("RpGAN, R1 + R2", "gan"),
     "vae": Variant("VAE", "vae"),
     "diffusion": Variant("diffusion", "diffusion"),
+    "transformer": Variant("autoregressive transformer", "transformer"),
+    "maskgit": Variant("MaskGIT", "transformer-maskgit"),
 }
 COLUMNS = {
     "covered": ("modes of 1,000", ".1f"),
