@@ -39,17 +39,17 @@ def get_config(family: str = "") -> ConfigDict:
 
 
 def tokenizer(config: ConfigDict) -> None:
-    """Finite scalar quantisation: 8x8 tokens of 8 x 6 x 5 values, no codebook to learn and none to collapse."""
-    config.family.network = "maskgit(channels=8,multipliers=(1,2,4),blocks=1)"
-    config.family.bottleneck = "fsq(levels=(8,6,5))"
-    config.train.steps = 2000
-    config.train.learning_rate = 2e-3
+    """Finite scalar quantisation: 8x8 tokens of 4,375 values, no codebook to learn and none to collapse."""
+    config.family.network = "maskgit(channels=8,multipliers=(1,3,8),blocks=1)"
+    config.family.bottleneck = "fsq(levels=(7,5,5,5,5))"
+    config.train.steps = 3000
+    config.train.learning_rate = 3e-3
 
 
 def tokenizer_scales(config: ConfigDict) -> None:
     """The same encoder and decoder around residual quantisation: 1 + 4 + 16 + 64 tokens, from coarse to fine."""
     tokenizer(config)
-    config.family.bottleneck = "residual(codes=256,latents=8,scales=(1,2,4,8),codebook='ema',revive=0.1)"
+    config.family.bottleneck = "residual(codes=512,latents=8,scales=(1,2,4,8),codebook='ema',revive=0.1)"
 
 
 # ---------------------------------------------------------------------------------------------- stage two
