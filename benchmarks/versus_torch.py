@@ -30,13 +30,16 @@ FORMS = {
     "unet": ("eager", "eager channels_last", "compiled channels_last"),
 }
 """PyTorch's, for transformers and for networks of convolutions; the other compiled form is no faster."""
+KINDS = {"dit": ("dit-",), "unet": ("ddpm-", "iddpm-", "adm-")}
+"""How the names of the presets begin that have a twin in PyTorch."""
 
 
 def main() -> None:
-    """Run every case, print a table, write the JSON."""
+    """Run every case and print a table; the JSON is written after each."""
     args = arguments()
-    result = {"machine": machine(args), "commit": commit(), "cases": []}
-    versions: dict[str, str] = {}
+    result = {"machine": machine(args), "commit": commit(), "cases": [], "versions": {}}
+    for network in args.networks.split(","):
+        kind(network)  # ends here where there is no twin
     for network in args.networks.split(","):
         for dtype in args.dtypes.split(","):
             with tempfile.TemporaryDirectory() as folder:
@@ -52,13 +55,12 @@ def main() -> None:
                 )
                 for what in ("denoise", "train"):
                     case, seen = run(replace(task, what=what), args)
-                    versions |= seen
+                    result["versions"] |= seen
                     result["cases"].append(case)
                     print(row(case), file=sys.stderr, flush=True)
-    result["versions"] = versions
+                    if args.out:
+                        args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -68,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of both sides, on a CPU")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both sides, on a CPU")
     parser.add_argument("--turns", type=int, default=5, help="of each side in each case")
     parser.add_argument("--seconds", type=float, default=1.0, help="that a turn lasts, or one step where that is more")
     parser.add_argument("--torch_python", default=sys.executable, help="an interpreter with torch and diffusers")
@@ -83,8 +85,11 @@ def run(task: Task, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
     """(figures of one network, dtype and measurement; versions of the sides)."""
     racers = {"ours": Racer("ours", sys.executable, task)}
     if can_race(args.torch_python):
-        for form in FORMS["dit" if task.network.startswith("dit") else "unet"]:
-            racers[form] = Racer("pytorch", args.torch_python, replace(task, form=form))
+        for form in FORMS[kind(task.network)]:
+            try:
+                racers[form] = Racer("pytorch", args.torch_python, replace(task, form=form))
+            except EndedError as error:  # as torch.compile does where there is no C++ compiler
+                print(f"{form} does not race: {error}", file=sys.stderr)
     steps = {form: max(1, round(args.seconds / racer.turn(1))) for form, racer in racers.items()}
     seconds: dict[str, list[float]] = {form: [] for form in racers}
     for _ in range(args.turns):
@@ -103,6 +108,18 @@ def run(task: Task, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
         if task.what == "denoise" and task.dtype == "float32":
             case["difference"] = difference(Path(task.folder))
     return case, {name: value for racer in racers.values() for name, value in racer.about.items()}
+
+
+def kind(network: str) -> str:
+    """The twin in PyTorch that a preset has."""
+    for name in FORMS:
+        if network.startswith(KINDS[name]):
+            return name
+    raise SystemExit(f"--networks={network}: only presets that begin with {sum(KINDS.values(), ())} have a twin.")
+
+
+class EndedError(Exception):
+    """A racer's process has ended before its time."""
 
 
 class Racer:
@@ -132,7 +149,7 @@ class Racer:
         """The next line."""
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.process.args[2]} ended with status {self.process.wait()}; see above.")
+            raise EndedError(f"{self.process.args[2]} ended with status {self.process.wait()}; see above.")
         return json.loads(line)
 
     def end(self) -> None:
@@ -163,7 +180,8 @@ def machine(args: argparse.Namespace) -> str:
         ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         return subprocess.run(ask, capture_output=True, text=True).stdout.split("\n")[0]
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {args.threads} threads"
 
 

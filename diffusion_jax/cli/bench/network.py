@@ -105,12 +105,13 @@ def sizes(subject: Subject, network: networks.Network) -> dict[str, Any]:
 
 
 def denoise(subject: Subject, load: Load) -> dict[str, Any]:
-    """One forward pass of images at one time, each under its own label."""
+    """One forward pass of images at one time, each under its own label, by weights that are prepared for a loop."""
     mesh = sharding.make_mesh(MeshSettings())
     sharding.check_batch(mesh, "--batch", load.batch)
     network, image = subject.build(load.dtype), subject.image
     everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, sharding.BATCH)
-    params = jax.jit(network.init, out_shardings=everywhere)(jax.random.key(0))
+    ready = lambda key: network.prepare(network.init(key))
+    params = jax.jit(ready, out_shardings=everywhere)(jax.random.key(0))
     x = tree.place(np.random.default_rng(0).normal(size=(load.batch, *image.shape)).astype(np.float32), rows)
     time = tree.place(np.full((1,), 0.5, np.float32), everywhere)
     label = tree.place(np.arange(load.batch, dtype=np.int32) % image.num_classes, rows) if image.num_classes else None
