@@ -111,16 +111,16 @@ def transformer_maskgit(config: ConfigDict) -> None:
     Keeping the surest of many, as on tokens of 16x16 pixels, takes the variety out of single pixels: 16 steps at the
     usual choice temperature of 4.5 lose a quarter of the recall.
 
-    Not measured at this length. After 4,000 steps, without guidance: Fréchet distance 1.69 times the real floor,
-    precision 0.82, recall 0.83, 95.0 % recognised.
+    SCORE
     """
     one_cycle(config)
     config.family.network = "maskgit(width=96,depth=4,heads=4,dropout=0.1)"
     config.family.decoding = "maskgit"
-    config.train.steps = 8000
+    config.train.steps = 6000
     config.train.batch_size = 32
     config.train.learning_rate = 1e-3
     config.sample.steps = 64
+    config.sample.guidance = 1.05
     config.sample.choice_temperature = 30.0
 
 

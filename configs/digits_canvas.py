@@ -2,10 +2,14 @@
 
 First a tokenizer, which learns to write an image as 8x8 tokens; then a model of those, which is another family's:
 
-    diffusion-jax train --config=configs/digits_canvas.py:tokenizer --workdir=runs/canvas-tokenizer
-    diffusion-jax train --config=configs/digits_canvas.py:transformer --workdir=runs/canvas-transformer
+    run() { diffusion-jax train --config=configs/digits_canvas.py:$1 --workdir=runs/canvas-$1; }
+    run tokenizer; run transformer; run transformer-maskgit; run diffusion-latent
+    run tokenizer-scales; run transformer-var
+    run diffusion
+    models=transformer,transformer-maskgit,transformer-var,diffusion-latent,diffusion
+    diffusion-jax compare --out=runs/canvas --workdirs=runs/canvas-${models//,/,runs/canvas-}
 
-The second one finds the first by its workdir; another is --config.family.tokenizer=workdir:PATH. `diffusion` needs no
+The second ones find the first by its workdir; another is --config.family.tokenizer=workdir:PATH. `diffusion` needs no
 tokenizer: it is the same model over pixels, for comparison. The class of a canvas is its largest digit.
 """
 
@@ -13,7 +17,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.cli.config import base
 
-TOKENIZER, SCALES = "workdir:runs/canvas-tokenizer", "workdir:runs/canvas-scales"
+TOKENIZER, SCALES = "workdir:runs/canvas-tokenizer", "workdir:runs/canvas-tokenizer-scales"
 
 
 def get_config(family: str = "") -> ConfigDict:
