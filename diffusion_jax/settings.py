@@ -25,6 +25,7 @@ class DataSettings:
       train_split: TFDS split string of the training images.
       held_out_split: TFDS split string of the images that only evaluation sees.
       data_dir: where TFDS finds its data; its own default where empty.
+      labels: whether labels are read, where the data has some; without them a model is unconditional.
       flip: mirror training images left to right with probability 1/2.
       augment: from `data.augment.AUGMENTATIONS`, changes of training images of which the network is told; none where
         empty.
@@ -36,6 +37,7 @@ class DataSettings:
     train_split: str = "train"
     held_out_split: str = "test"
     data_dir: str = ""
+    labels: bool = True
     flip: bool = False
     augment: str = ""
     device_megabytes: int = 1024

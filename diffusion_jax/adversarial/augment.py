@@ -126,16 +126,16 @@ def contrast(image: Array, key: Array) -> Array:
 
 
 def translation(image: Array, key: Array) -> Array:
-    """Shifted by up to an eighth of each side, in whole pixels; 0 comes in."""
-    most = jnp.array(image.shape[:2]) // 8
+    """Shifted by up to an eighth of each side, rounded to whole pixels; 0 comes in."""
+    most = jnp.array([_rounded(size / 8) for size in image.shape[:2]])
     shift = jax.random.randint(key, (2,), -most, most + 1)
     inside = [_between(jnp.arange(size) - by, 0, size) for size, by in zip(image.shape[:2], shift, strict=True)]
     return jnp.where((inside[0][:, None] & inside[1][None])[..., None], shifted(image, shift), 0.0)
 
 
 def cutout(image: Array, key: Array) -> Array:
-    """A rectangle of half of each side is 0; its centre is anywhere in the image."""
-    half = [size // 2 for size in image.shape[:2]]
+    """A rectangle of half of each side, rounded up, is 0; its centre is anywhere in the image."""
+    half = [_rounded(size / 2) for size in image.shape[:2]]
     last = jnp.array([size + 1 - cut % 2 for size, cut in zip(image.shape[:2], half, strict=True)])
     start = jax.random.randint(key, (2,), 0, last) - jnp.array(half) // 2
     rows, columns = (
@@ -143,6 +143,11 @@ def cutout(image: Array, key: Array) -> Array:
         for size, first, cut in zip(image.shape[:2], start, half, strict=True)
     )
     return jnp.where((rows[:, None] & columns[None])[..., None], 0.0, image)
+
+
+def _rounded(size: float) -> int:
+    """To the nearest whole number, halves up, as the published code has it."""
+    return int(size + 0.5)
 
 
 POLICIES = {"color": (brightness, saturation, contrast), "translation": (translation,), "cutout": (cutout,)}

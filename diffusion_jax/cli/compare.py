@@ -52,11 +52,12 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What a run has written down."""
+    """What a run has written down, and the conditions of its figures."""
 
     workdir: str
     config: dict[str, Any]
     evaluation: dict[str, Any]
+    conditions: dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     from diffusion_jax.evaluation import comparison
 
     subjects = {name: read(workdir) for name, workdir in named(values.workdirs).items()}
-    comparison.check({name: comparison.conditions(s.config, s.evaluation) for name, s in subjects.items()})
+    comparison.check({name: s.conditions for name, s in subjects.items()})
     runtime.prepare()
     opened = {name: open_run(subject.workdir) for name, subject in subjects.items()}
     sweeps = {name: in_steps(name, run, values.steps) for name, run in opened.items()}
@@ -114,7 +115,7 @@ def read(workdir: str) -> Subject:
     Raises:
       UserError: where there is none, or they are not whole, or not of a model at a checkpoint that is there.
     """
-    from diffusion_jax.cli.workdir import completed, config_of
+    from diffusion_jax.cli.workdir import checkpoints_of, completed, config_of
     from diffusion_jax.evaluation import comparison
 
     saved, file = config_of(workdir, "workdirs"), Path(workdir) / "evaluation.json"
@@ -133,7 +134,12 @@ def read(workdir: str) -> Subject:
     step = evaluation["step"]
     there = (Path(workdir) / "checkpoints" / str(step)).is_dir()
     require(there, "--workdirs", workdir, f"its evaluation.json is of step {step}, which has no checkpoint; {again}")
-    return Subject(workdir=workdir, config=config, evaluation=evaluation)
+    try:
+        size = checkpoints_of(workdir, "workdirs").about(step)["spec"]["size"]
+    except (KeyError, TypeError):
+        raise UserError(f"--workdirs = {workdir!r}: its checkpoint does not say what the images look like.") from None
+    conditions = comparison.conditions(config, size, evaluation)
+    return Subject(workdir=workdir, config=config, evaluation=evaluation, conditions=conditions)
 
 
 @dataclass(frozen=True, kw_only=True)

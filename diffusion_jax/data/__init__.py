@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from diffusion_jax import plugs
 from diffusion_jax.data.feed import Feed, resident
-from diffusion_jax.data.source import Dataset, Source, example_bytes
+from diffusion_jax.data.source import Dataset, Source, example_bytes, unlabelled
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.settings import DataSettings
 
@@ -26,6 +26,8 @@ KINDS = {
 
 def build(settings: DataSettings) -> Dataset:
     """The data set that `settings.name` names: "digits_canvas", "tfds:NAME", "folder:PATH" or another row of `KINDS`.
+
+    Its labels are left out where `settings.labels` says so.
 
     Raises:
       UserError: for an unknown kind, for a held-out split that is the training split, and whatever the kind refuses.
@@ -43,7 +45,8 @@ def build(settings: DataSettings) -> Dataset:
     for field in ("train_split", "held_out_split", "data_dir", "image_size"):
         value, default = getattr(settings, field), getattr(DataSettings, field)
         require(value == default or field in module.READS, f"data.{field}", value, f"{kind} does not read this field")
-    return module.build(settings, argument)
+    dataset = module.build(settings, argument)
+    return dataset if settings.labels else unlabelled(dataset)
 
 
 def build_feed(

@@ -1,7 +1,7 @@
 """One interface to images: random access by index, and what they look like."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,6 +53,36 @@ class Dataset:
     spec: ImageSpec
     train: Source
     held_out: Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlabelled:
+    """The images of `source`, without their labels."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The image of `index`."""
+        return {"image": self.source[index]["image"]}
+
+    @property
+    def identity(self) -> Any:
+        """What tells the images from others, where the source says (see `data.encoded`)."""
+        return getattr(self.source, "identity", None)
+
+
+def unlabelled(dataset: Dataset) -> Dataset:
+    """The same images without labels, of a data set without classes."""
+
+    def without(source: Source) -> Source:
+        return replace(source, label=None) if isinstance(source, ArraySource) else Unlabelled(source=source)
+
+    spec = replace(dataset.spec, num_classes=0)
+    return replace(dataset, spec=spec, train=without(dataset.train), held_out=without(dataset.held_out))
 
 
 def to_arrays(source: Source) -> ArraySource:

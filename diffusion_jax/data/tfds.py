@@ -65,7 +65,8 @@ def example(record: dict[str, Any], spec: ImageSpec) -> dict[str, Any]:
     if not spec.num_classes:
         return out
     label = int(record["label"])
-    require(label >= 0, "label", label, "the split holds examples without a label; choose a labelled one")
+    rule = "the split holds examples without a label; choose a labelled one, or leave labels out with data.labels=False"
+    require(label >= 0, "label", label, rule)
     return out | {"label": label}
 
 
@@ -142,7 +143,7 @@ def look(settings: DataSettings, features: Any) -> ImageSpec:
             f"data.image_size = 0: the images of {settings.name} are {height or 'any'} x {width or 'any'} pixels, "
             "not square of one size; give the size to resize and crop them to."
         )
-    label = columns.get("label")
+    label = columns.get("label") if settings.labels else None
     num_classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
     return ImageSpec(size=size or height, channels=1 if channels == 1 else 3, num_classes=num_classes or 0)
 

@@ -1,6 +1,7 @@
 """Runs side by side: whether their figures compare, and one table of them.
 
-A run is known by what it has written down: its config, and evaluation.json (see `report.judge` and `cost`).
+A run is known by what it has written down: its config, what its checkpoint says of its images, and evaluation.json (see
+`report.judge` and `cost`).
 """
 
 import csv
@@ -14,8 +15,10 @@ from diffusion_jax.evaluation.report import METRICS
 Record = dict[str, Any]
 """A run's figures by name, plain numbers and strings; None for what there is not."""
 
-DATA = ("name", "image_size", "train_split", "held_out_split", "flip")
-"""Fields of the config's `data` that say which images a model is meant to make."""
+DATA = ("name", "train_split", "held_out_split", "labels")
+"""Fields of the config's `data` that say which images a model is meant to make, and how they are judged: without labels
+by other features. How images are changed for training, by `flip` and `augment`, is a run's own choice, as its loss is:
+the held-out images stay as they are."""
 EFFORT = ("num_samples", "n", "num_train", "num_held_out", "subsets", "bootstrap")
 """Entries of an evaluation that say how many images and draws its figures are of."""
 
@@ -63,11 +66,15 @@ def _entry(content: Any, path: str) -> Any:
     return content
 
 
-def conditions(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """What runs must have in common, by name: data, split and preprocessing, features, numbers of images."""
+def conditions(config: Mapping[str, Any], image_size: int, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs must have in common, by name: data, split and preprocessing, features, numbers of images.
+
+    `image_size` is the side of the images themselves: in a config, 0 may say the same.
+    """
     features = evaluation["features"]
     return {
         **{f"data.{name}": config["data"][name] for name in DATA},
+        "data.image_size": image_size,
         **{f"evaluation.{name}": evaluation[name] for name in EFFORT},
         "evaluation.features.name": features["name"],
         "evaluation.features.fingerprint": features["fingerprint"],
@@ -220,7 +227,7 @@ def _notes(records: Sequence[Record], about: Mapping[str, Any]) -> list[str]:
     return [
         *notes,
         "FLOPs are 2 a multiply-add of products and convolutions; training's are those of the step as it is written, "
-        "times the steps.",
+        "times the steps, and a penalty that is due in each k-th step (every=k) counts in all of them.",
         "Training seconds leave out compilation, checkpoints, grids and evaluations, and add up over interruptions. A "
         "sample's are those of all samples, after compilation, over their number: "
         + ", ".join(f"{r['run']} {r['sampling_batch_size']} at once on {r['device']}" for r in records)

@@ -28,7 +28,8 @@ def training_flops(
     """FLOPs of `steps` steps on batches such as `batch`: of each player's update, in the steps that are its turn.
 
     They are those of the program as it is written. What the compiler computes once for two players counts twice, and a
-    penalty that is due in some steps only counts as if it were due in all. Updates of averages are left out.
+    penalty that is due in some steps only counts as if it were due in all: which, the shapes do not tell. Updates of
+    averages are left out.
 
     Args:
       family: whose players are trained.

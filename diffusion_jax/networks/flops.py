@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,38 +42,41 @@ def multiply_adds_of(function: Callable, *arguments: Any) -> float:
     return float(_of_program(jax.make_jaxpr(function)(*arguments).jaxpr))
 
 
-def compiled_multiply_adds(network: Network, image: ImageSpec) -> float:
-    """The same of the program that XLA makes of it for this machine's CPU; nothing is allocated.
+class Counts(NamedTuple):
+    """Multiply-adds of one function, counted three ways.
 
-    It is the part that papers mean of XLA's own sum, `compiled.cost_analysis()["flops"]` / 2. That one also has half a
-    multiply-add for every other number that is added, divided or compared (0.7 % of DiT-S/2, 0.2 % of DiT-XL/2),
-    leaves out products with padding (6 % of DDPM's U-Net for CIFAR-10), and counts the body of a loop once.
+    `compiled` is the part that papers mean of `cost_analysis`. That one also has half a multiply-add for every other
+    number that is added, divided or compared (0.7 % of DiT-S/2, 0.2 % of DiT-XL/2), leaves out products with padding
+    (6 % of DDPM's U-Net for CIFAR-10), and counts the body of a loop once.
+
+    Attributes:
+      shapes: as `multiply_adds`.
+      compiled: the same of the program that XLA makes of it for this machine's CPU.
+      cost_analysis: XLA's own sum, `compiled.cost_analysis()["flops"]` / 2.
+    """
+
+    shapes: float
+    compiled: float
+    cost_analysis: float
+
+
+def counts(network: Network, image: ImageSpec) -> Counts:
+    """Of `network.apply` on one image of `image`; nothing is allocated. Raises as `counts_of`."""
+    return counts_of(network.apply, *shapes(network, image))
+
+
+def counts_of(function: Callable, *arguments: Any) -> Counts:
+    """Of `function(*arguments)`, of which shapes suffice; it is compiled once.
 
     Raises:
-      ValueError: where a compiler's flag has put products into calls that cannot be looked into.
+      ValueError: as `multiply_adds`, and where a compiler's flag has put products into calls that cannot be looked
+        into.
     """
-    return compiled_multiply_adds_of(network.apply, *shapes(network, image))
-
-
-def compiled_multiply_adds_of(function: Callable, *arguments: Any) -> float:
-    """Of `function(*arguments)`, of which shapes suffice. Raises as `compiled_multiply_adds`."""
-    return float(_of_text(compiled_for_cpu(function, *arguments).as_text()))
-
-
-def compiled_for_cpu(function: Callable, *arguments: Any) -> jax.stages.Compiled:
-    """The program that XLA makes of `function(*arguments)`, of which shapes suffice."""
+    of_shapes = multiply_adds_of(function, *arguments)
     cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    return jax.jit(function, out_shardings=cpu).lower(*arguments).compile()
-
-
-def cost_analysis(network: Network, image: ImageSpec) -> float:
-    """XLA's own sum, halved to multiply-adds; `compiled_multiply_adds` says how it differs."""
-    return cost_analysis_of(network.apply, *shapes(network, image))
-
-
-def cost_analysis_of(function: Callable, *arguments: Any) -> float:
-    """Of `function(*arguments)`, of which shapes suffice."""
-    return float(compiled_for_cpu(function, *arguments).cost_analysis()["flops"]) / 2.0
+    program = jax.jit(function, out_shardings=cpu).lower(*arguments).compile()
+    own = float(program.cost_analysis()["flops"]) / 2.0
+    return Counts(shapes=of_shapes, compiled=float(_of_text(program.as_text())), cost_analysis=own)
 
 
 def shapes(network: Network | gan.Discriminator, image: ImageSpec) -> tuple[Tree, ...]:

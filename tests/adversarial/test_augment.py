@@ -109,23 +109,28 @@ def test_saturation_keeps_a_pixels_mean_and_contrast_the_images():
         assert least <= factors.min() < least + 0.2 < most - 0.2 < factors.max() <= most
 
 
-def test_translation_is_a_shift_by_up_to_an_eighth_into_zeros():
-    """16 pixels: all 25 shifts by -2 to 2, cut out of an image with a rim of zeros."""
-    x = images(size=16)[0]
-    padded = np.pad(x, ((2, 2), (2, 2), (0, 0)))
-    shifts = {padded[i : i + 16, j : j + 16].tobytes(): (i, j) for i in range(5) for j in range(5)}
+@pytest.mark.parametrize(("size", "most"), [(4, 1), (7, 1), (12, 2), (16, 2), (28, 4)])
+def test_translation_is_a_shift_by_up_to_an_eighth_into_zeros(size, most):
+    """By -most to most, down and right, cut out of an image with a rim of zeros. 7 / 8, 12 / 8 and 28 / 8 round up."""
+    x, count = images(size=size)[0], 2 * most + 1
+    padded = np.pad(x, ((most, most), (most, most), (0, 0)))
+    places = [(i, j) for i in range(count) for j in range(count)]
+    shifts = {padded[i : i + size, j : j + size].tobytes(): (i, j) for i, j in places}
     seen = {shifts[changed.tobytes()] for changed in many(augment.translation, x, n=300)}
-    assert seen == set(shifts.values())
+    for axis in (0, 1):
+        assert {place[axis] for place in seen} == set(range(count))
 
 
-def test_cutout_takes_one_rectangle_of_up_to_half_of_each_side():
-    x = images()[0]
+@pytest.mark.parametrize(("size", "least", "most"), [(4, 1, 2), (7, 2, 4), (8, 2, 4), (28, 7, 14)])
+def test_cutout_takes_one_rectangle_of_up_to_half_of_each_side(size, least, most):
+    x = images(size=size)[0]
     changed = many(augment.cutout, x, n=300)
     kept = (changed == np.asarray(x)).all(-1)
     assert np.all((changed == 0.0).all(-1) | kept)
     heights, widths = (~kept).any(2).sum(1), (~kept).any(1).sum(1)
     np.testing.assert_array_equal(heights * widths, (~kept).sum((1, 2)))  # all of a rectangle
-    assert (heights.min(), heights.max(), widths.max()) == (2, 4, 4)  # an outermost centre leaves half of it outside
+    for sides in (heights, widths):
+        assert (sides.min(), sides.max()) == (least, most)  # an outermost centre leaves half of it outside
 
 
 def test_policies_are_applied_together():

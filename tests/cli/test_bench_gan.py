@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from diffusion_jax import plugs
+from diffusion_jax.cli.bench import opponents
 from diffusion_jax.cli.main import main
 
 
@@ -22,6 +24,22 @@ def test_both_networks_are_counted(capsys):
     assert result["generator_gflops_compiled"] == pytest.approx(result["generator_gflops"], rel=0.01)
     assert result["discriminator_gflops_compiled"] == pytest.approx(result["discriminator_gflops"], rel=0.01)
     assert result["discriminator_gflops_cost_analysis"] > 0.0
+    for key in ("params", "gflops"):
+        assert result[key] == pytest.approx(result[f"generator_{key}"] + result[f"discriminator_{key}"])
+
+
+def test_each_side_is_given_the_options_that_it_has():
+    """Of these `latent` and `style` are the generator's, `group` the discriminator's, and both have `channels_max`."""
+    generator, discriminator = opponents.sides("stylegan2(latent=8,group=2,channels_max=4,style=6)")
+    assert plugs.parse("x", generator) == ("stylegan2", {"latent": 8, "channels_max": 4, "style": 6})
+    assert plugs.parse("x", discriminator) == ("stylegan2", {"group": 2, "channels_max": 4})
+    assert opponents.sides("stylegan2-256(group=8)") == ("stylegan2-256", "stylegan2-256(group=8)")
+
+
+def test_an_option_of_one_side_alone_is_fine(capsys):
+    network = "resnet(width=4,multipliers=(1,),latent=4,blocks=0)"
+    assert main(["bench", "--what=flops", f"--network={network}", "--image_size=8"]) == 0
+    assert network in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -29,6 +47,7 @@ def test_both_networks_are_counted(capsys):
     [
         (["--what=denoise", "--network=r3gan-ffhq64"], ["r3gan-ffhq64", "--what=denoise", "denoising network"]),
         (["--what=flops", "--network=dcgan"], ["--network=dcgan", "--image_size"]),
+        (["--what=flops", "--network=resnet(latnet=4)", "--image_size=8"], ["resnet", "'latnet'", "'latent'"]),
         (["--what=flops", "--network=stylegan2-257"], ["stylegan2-257", "did you mean 'stylegan2-256'"]),
         (["--what=flops", "--network=r3gan-ffhq64", "--image_size=20"], ["r3gan-ffhq64", "power of two"]),
     ],

@@ -15,17 +15,26 @@ STEPS = 20
 BATCH = 16
 
 
-def train(workdir, seed, *flags):
+DIFFUSION = ["--config.family.network=dit(patch=4,width=16,depth=1,heads=2)", "--config.sample.steps=3"]
+GAN = [
+    "--config.family.generator=resnet(width=8,multipliers=(1,),latent=4,embedding=4)",
+    "--config.family.discriminator=resnet(width=8,multipliers=(1,),blocks=0)",
+    "--config.family.regularisers=",
+]
+VAE = [
+    "--config.family.network=flat(latents=4,channels=8,multipliers=(1,))",
+    "--config.family.likelihood=importance(draws=2)",
+]
+
+
+def train(workdir, family, *flags):
     given = [
-        "--config=configs/digits.py:diffusion",
-        "--config.family.network=dit(patch=4,width=16,depth=1,heads=2)",
-        "--config.sample.steps=3",
+        f"--config=configs/digits.py:{family}",
+        "--config.sample.batch_size=64",
         f"--config.train.batch_size={BATCH}",
-        f"--config.train.steps={STEPS}",
         "--config.train.log_every=10",
         "--config.evaluate.num_samples=60",
         "--config.evaluate.bootstrap=10",
-        f"--config.seed={seed}",
     ]
     assert main(["train", *given, *flags, f"--workdir={workdir}"]) == 0
 
@@ -35,8 +44,16 @@ def runs(tmp_path_factory):
     """Two runs that differ in their seed."""
     directory = tmp_path_factory.mktemp("runs")
     for seed, name in enumerate("ab"):
-        train(directory / name, seed)
+        train(directory / name, "diffusion", *DIFFUSION, f"--config.train.steps={STEPS}", f"--config.seed={seed}")
     return directory
+
+
+@pytest.fixture(scope="module")
+def families(runs):
+    """The same directory, with a GAN and a VAE beside them."""
+    for name, flags in (("gan", GAN), ("vae", VAE)):
+        train(runs / name, name, *flags, "--config.train.steps=4")
+    return runs
 
 
 def compare(directory, names, *flags):
@@ -90,6 +107,29 @@ def test_the_table_holds_what_the_evaluations_say(runs, tmp_path, capsys):
             assert min(picture.size) > 100
 
 
+@pytest.mark.slow
+def test_families_stand_side_by_side(families, tmp_path, capsys):
+    """A GAN has two players and no likelihood, a VAE bounds its own, and only diffusion samples in steps."""
+    assert compare(families, ("gan", "vae", "a"), f"--out={tmp_path}", "--likelihood=20", "--steps=1", "--json") == 0
+    printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    gan, vae, diffusion = printed["runs"]
+    assert [row["family"] for row in printed["runs"]] == ["gan", "vae", "diffusion"]
+    assert gan["bits_per_dimension"] is None
+    assert 0.0 < vae["bits_per_dimension"] < 20.0
+    assert 0.0 < diffusion["bits_per_dimension"] < 20.0
+    players = dict(player.split() for player in gan["players"].split(" + "))
+    assert set(players) == {"generator", "discriminator"}
+    assert sum(map(int, players.values())) == gan["parameters"]
+    assert (gan["sampling_evaluations"], vae["sampling_evaluations"]) == (1, 1)
+    assert [row["run"] for row in printed["steps"]] == ["a"]
+    text = (tmp_path / "compare.md").read_text()
+    (bits,) = (line for line in text.splitlines() if "bits per dimension ↓" in line)
+    assert [cell.strip() == "-" for cell in bits.strip("|").split("|")[1:4]] == [True, False, False]
+    assert "Bits per dimension of gan" not in text
+    assert "Bits per dimension of vae: an upper bound in the mean, by importance(draws=2), of 20 held-out" in text
+    assert "Bits per dimension of a: " in text
+
+
 def test_nothing_that_stands_in_the_directory_is_lost(runs, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "compare.md").write_text("an older table")
@@ -133,9 +173,8 @@ def refused(capsys, directory, names, out):
     ("file", "path", "value"),
     [
         ("config.json", "data.name", "stacked_digits"),
-        ("config.json", "data.image_size", 16),
         ("config.json", "data.held_out_split", "validation"),
-        ("config.json", "data.flip", True),
+        ("config.json", "data.labels", False),
         ("evaluation.json", "num_samples", 61),
         ("evaluation.json", "bootstrap", 11),
         ("evaluation.json", "features.fingerprint", "0000"),
@@ -149,6 +188,14 @@ def test_runs_that_differ_in_data_or_evaluation_are_refused(runs, tmp_path, caps
     line = refused(capsys, tmp_path, "ab", tmp_path / "out")
     assert path in line
     assert str(value) in line
+
+
+def test_images_of_another_size_are_refused(runs, tmp_path, capsys):
+    """By what the checkpoint says of them; a config's 0 may stand for any size."""
+    for name in "ab":
+        shutil.copytree(runs / name, tmp_path / name)
+    change(tmp_path / "b" / "checkpoints" / str(STEPS) / "about" / "metadata", "spec.size", 16)
+    assert "data.image_size is 8 for a and 16 for b" in refused(capsys, tmp_path, "ab", tmp_path / "out")
 
 
 def test_a_run_without_an_evaluation_is_told_what_to_run(runs, tmp_path, capsys):

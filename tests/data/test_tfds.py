@@ -141,6 +141,15 @@ def test_examples_without_label_in_a_set_with_classes_are_refused():
         tfds_module.example(record | {"label": -1}, spec)
 
 
+def test_labels_are_not_read_where_they_are_not_wanted(digits_dir):
+    """So that splits without them serve, too: they are not even parsed."""
+    plain, labelled = (build("tfds:digits_for_tests", digits_dir, labels=labels) for labels in (False, True))
+    assert plain.spec == ImageSpec(size=8, channels=1, num_classes=0)
+    assert plain.train[7].keys() == {"image"}
+    assert set(plain.train.source.features) == {"image"}
+    np.testing.assert_array_equal(plain.train[7]["image"], labelled.train[7]["image"])
+
+
 def test_digits_are_resized_when_asked(digits_dir):
     dataset = build("tfds:digits_for_tests", digits_dir, image_size=4)
     assert dataset.spec.shape == (4, 4, 1)

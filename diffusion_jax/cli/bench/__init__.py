@@ -1,7 +1,7 @@
 """Measure on the devices that are here. Nothing is written but the trace that --profile asks for.
 
 --what=run      compilation, training and sampling of a config: --config or --workdir
---what=flops    parameters and multiply-adds of a network, a GAN's two or a tokenizer; nothing is computed: --network
+--what=flops    parameters and multiply-adds of any network, or of a GAN's two; nothing is computed: --network
 --what=denoise  one forward pass of a network, as a sampler calls it: --network --batch
 --what=train    one training step of the diffusion family with a network: --network --batch
 
@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from absl import flags
@@ -88,26 +89,31 @@ def measure(values: flags.FlagValues) -> dict[str, Any]:
         from diffusion_jax.cli.bench import config
 
         return config.measure(values)
-    from diffusion_jax.cli.bench import network, opponents, tokenizers, transformers
+    from diffusion_jax.cli.bench import network
 
     images = (values.image_size, values.channels, values.num_classes)
-    if transformers.known(values.network):
-        rule = f"is a network over tokens; --what={values.what} takes a denoising network"
-        require(values.what == "flops", "--network", values.network, rule)
-        return transformers.flops(values.network, *images)
-    if tokenizers.known(values.network):
-        rule = f"is a tokenizer or its judge; --what={values.what} takes a denoising network"
-        require(values.what == "flops", "--network", values.network, rule)
-        return tokenizers.flops(values.network, *images)
-    if opponents.known(values.network):
-        rule = f"is a generator and a discriminator; --what={values.what} takes a denoising network"
-        require(values.what == "flops", "--network", values.network, rule)
-        return opponents.flops(values.network, *images)
+    for kind, what in others().items():
+        if kind.known(values.network):
+            rule = f"is {what}; --what={values.what} takes a denoising network"
+            require(values.what == "flops", "--network", values.network, rule)
+            return kind.flops(values.network, *images)
     subject = network.subject(values.network, *images)
     if values.what == "flops":
         return network.flops(subject)
     load = network.Load(batch=values.batch, dtype=values.dtype, repetitions=values.repetitions, profile=values.profile)
     return {"denoise": network.denoise, "train": network.train}[values.what](subject, load)
+
+
+def others() -> dict[ModuleType, str]:
+    """Modules with `known` and `flops` of networks that denoise nothing, and what such a network is."""
+    from diffusion_jax.cli.bench import autoencoders, opponents, tokenizers, transformers
+
+    return {
+        transformers: "a network over tokens",
+        tokenizers: "a tokenizer or its judge",
+        opponents: "a generator and a discriminator",
+        autoencoders: "a variational autoencoder",
+    }
 
 
 def render(result: dict[str, Any]) -> str:

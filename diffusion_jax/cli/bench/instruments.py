@@ -11,10 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.networks.flops import Counts
+
 
 def device() -> dict[str, Any]:
     """What the numbers were measured on."""
     return {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "jax": jax.__version__}
+
+
+def gflops(counts: Counts) -> dict[str, float]:
+    """1e-9 times the multiply-adds of one function, counted three ways."""
+    shapes, compiled, cost_analysis = (number / 1e9 for number in counts)
+    return {"gflops": shapes, "gflops_compiled": compiled, "gflops_cost_analysis": cost_analysis}
 
 
 def timed(act: Callable[[], Any]) -> tuple[float, Any]:

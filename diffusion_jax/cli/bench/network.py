@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diffusion_jax import data, families, networks, plugs, tree
-from diffusion_jax.cli.bench.instruments import device, durations, memory, peak_flops, timed
+from diffusion_jax.cli.bench.instruments import device, durations, gflops, memory, peak_flops, timed
 from diffusion_jax.data.source import ArraySource
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.networks import flops as count
@@ -84,10 +84,7 @@ def images(
 def flops(subject: Subject) -> dict[str, Any]:
     """Parameters, and 1e-9 times the multiply-adds of one image's forward pass, counted three ways; see `count`."""
     network = subject.build()
-    return sizes(subject, network) | {
-        "gflops_compiled": count.compiled_multiply_adds(network, subject.image) / 1e9,
-        "gflops_cost_analysis": count.cost_analysis(network, subject.image) / 1e9,
-    }
+    return sizes(subject, network) | gflops(count.counts(network, subject.image))
 
 
 def sizes(subject: Subject, network: networks.Network) -> dict[str, Any]:

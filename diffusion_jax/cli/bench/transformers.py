@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from diffusion_jax import plugs, tree
+from diffusion_jax.cli.bench.instruments import gflops
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.networks import flops as count
 from diffusion_jax.networks import sequence
@@ -31,10 +32,7 @@ def flops(text: str, image_size: int | None, channels: int | None, num_classes: 
         "network": text,
         "tokens": tokens.length,
         "params": tree.count(given[0]),
-        "gflops": count.multiply_adds_of(network.apply, *given) / 1e9,
-        "gflops_compiled": count.compiled_multiply_adds_of(network.apply, *given) / 1e9,
-        "gflops_cost_analysis": count.cost_analysis_of(network.apply, *given) / 1e9,
-    }
+    } | gflops(count.counts_of(network.apply, *given))
 
 
 def tokens_of(text: str, image_size: int | None, channels: int | None, num_classes: int | None) -> TokenSpec:

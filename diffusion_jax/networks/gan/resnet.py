@@ -205,8 +205,9 @@ class ConditionalNorm(nn.Module):
 class SelfAttention(nn.Module):
     """x + gain * attention over all pixels, the gain from 0 on (Zhang et al. 2019, eq. 1 to 3).
 
-    Queries and keys have an eighth of the channels, at least 1. Values have all of them, where the paper halves them
-    and pools keys and values by 2x2.
+    Queries and keys have an eighth of the channels, at least 1. What differs: products of queries and keys are divided
+    by the root of that number, which eq. 1 does not; values have all channels, and nothing is pooled, where the
+    published code halves them and pools keys and values by 2x2.
     """
 
     dtype: jnp.dtype
