@@ -20,6 +20,7 @@ TINY = [
     "--config.train.batch_size=16",
     "--config.train.log_every=10",
     "--config.sample.steps=3",
+    "--config.sample.batch_size=64",
 ]
 
 

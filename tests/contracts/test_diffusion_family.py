@@ -48,8 +48,9 @@ PAIRINGS = dict(_pairings())
 
 
 def _by_default(name):
-    """Every schedule with v, every prediction on two schedules; the others with -m slow."""
-    return name.endswith("-v") or name.startswith(("cosine-", "rectified_flow-"))
+    """Five schedules of as many sorts with v, every prediction on one of them; the others with -m slow."""
+    sorts = ("learned", "ve-", "vp_linear-", "zero_terminal_snr-")
+    return name.startswith("rectified_flow-") or (name.endswith("-v") and name.startswith(sorts))
 
 
 PAIRS = [pytest.param(name, marks=[] if _by_default(name) else pytest.mark.slow) for name in PAIRINGS]

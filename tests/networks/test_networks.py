@@ -85,7 +85,8 @@ def test_output_is_zero_at_initialisation(name):
     """
     net = networks.build("family.network", TINY[name], SPEC)
     x, t, label = inputs()
-    y = jax.jit(net.apply)(jax.jit(net.init)(jax.random.key(0)), x, t, label, None)
+    key = jax.random.key(0, impl="rbg")  # compiles in a tenth of threefry's time
+    y = jax.jit(net.apply)(jax.jit(net.init)(key), x, t, label, None)
     assert y.shape == (4, 8, 8, 3)
     expected = x if name == "vdm" else jnp.zeros_like(x)
     np.testing.assert_allclose(y, expected, rtol=0.0, atol=1e-4 if name == "ddpmpp" else 0.0)
@@ -180,15 +181,16 @@ is summed in bfloat16 is off by 24 % and more."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in ("dit", "unet", "edm2") else pytest.mark.slow) for n in TINY]
+    "name", [pytest.param(n, marks=[] if n in ("dit", "unet") else pytest.mark.slow) for n in TINY]
 )
 def test_gradients_in_bfloat16_are_those_of_float32(name):
     """Of every parameter, in the norm, and with it the output. Enough rows that a sum in bfloat16 would show."""
+    shallow = TINY[name].replace("(1,2)", "(1,)").replace("attention=(4,)", "attention=(8,)")
     x, t, label = inputs(16)
     direction = 1.0 + jax.random.normal(jax.random.key(5), x.shape)
 
     def gradient(precision):
-        params, apply = network(TINY[name], precision)
+        params, apply = network(shallow, precision)
 
         def loss(params):
             y = apply(params, x, t, label, None)

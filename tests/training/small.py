@@ -9,10 +9,11 @@ def get_config(family: str = "") -> ConfigDict:
     """The config of `family`, with a checkpoint every three steps."""
     config = base(__file__, family, SMALL)
     config.data.name = "digits"
-    config.train.steps = 240 if family == "diffusion" else 60  # the former is interrupted many times
+    config.train.steps = 120 if family == "diffusion" else 60  # the former is interrupted many times
     config.train.batch_size = 16
     config.train.log_every = 5
     config.checkpoint.every = 3
+    config.sample.batch_size = 64
     config.evaluate.num_samples = 50
     config.evaluate.bootstrap = 10
     return config
