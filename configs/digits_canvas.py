@@ -51,9 +51,13 @@ def tokenizer(config: ConfigDict) -> None:
 
 
 def tokenizer_scales(config: ConfigDict) -> None:
-    """The same encoder and decoder around residual quantisation: 1 + 4 + 16 + 64 tokens, from coarse to fine."""
+    """The same encoder and decoder around residual quantisation: 1 + 4 + 16 + 64 tokens, from coarse to fine.
+
+    Codes are running means of what the encoder gives. A term that holds it to them (`beta`) would shrink its outputs to
+    nothing before there are codes to speak of.
+    """
     tokenizer(config)
-    config.family.bottleneck = "residual(codes=512,latents=8,scales=(1,2,4,8),codebook='ema',revive=0.1)"
+    config.family.bottleneck = "residual(codes=1024,latents=4,scales=(1,2,4,8),codebook='ema',revive=0.1,beta=0.0)"
 
 
 # ---------------------------------------------------------------------------------------------- stage two

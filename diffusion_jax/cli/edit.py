@@ -6,9 +6,10 @@
     translate    encode --images under --source_label (their own where left out), decode under --label
     img2img      noise --images to --strength, walk down from there: variations, under --label
     inpaint      keep what is black in --mask, make what is white: diffusion in steps that it walks --resamplings
-                 times (RePaint), by default 20 of 'ddpm(variance=1.0)'; maskgit as it makes whole images
+                 times (RePaint), by default 20 of 'ddpm(variance=1.0)'; maskgit and mar as they make whole images
 
-A family that cannot encode images has `interpolate` between seeds alone; `img2img` is diffusion's.
+A family that cannot encode images has `interpolate` between seeds alone. `img2img` is diffusion's, over pixels, and
+`inpaint` that and a transformer's that decodes by maskgit or mar.
 
 --images is a samples file (.npz), whose labels are the images' own, or picture files (PNG, JPEG, WebP) separated by
 commas, resized and cropped to the model's size. Where they are encoded a VAE shows the mean of the pixels unless --show
@@ -17,6 +18,7 @@ says otherwise. FILE.npz and FILE.png are as `sample` writes them; `reconstruct`
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +44,11 @@ READS = {
 }
 """edit -> the flags of its own that it reads."""
 
-OWN = ("img2img", "inpaint")
-"""Edits that a family has of its own, in `Family.edits`; the others are walks in its latent."""
+OWN = {
+    "img2img": "diffusion over pixels has it",
+    "inpaint": "diffusion over pixels has it, and a transformer that decodes by maskgit or mar",
+}
+"""Edits that a family has of its own, in `Family.edits`, and who has them; the others are walks in its latent."""
 
 ENDS = ("first", "second")
 """What an interpolation calls its two seeds or images."""
@@ -78,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     out = drawing.check_out(values)
     drawer = prepare(values, edit)
     model = drawer.model
-    rows = inputs(values, edit, model.spec)
+    rows = inputs(values, edit, model.spec, blind=model.family.tokenizer is not None)
 
     from diffusion_jax.sampling import Sampler
 
@@ -120,12 +125,13 @@ def action(values: flags.FlagValues, edit: str, family: "Family") -> "Act":
     """What makes the images.
 
     Raises:
-      UserError: naming the family, where it cannot.
+      UserError: naming the family, where it cannot, or cannot in this run.
     """
     from diffusion_jax import latents
 
     if edit in OWN:
-        require(edit in family.edits, "--edit", edit, f"the family {family.name} does not have it")
+        rule = f"the family {family.name} does not have it in this run; {OWN[edit]}"
+        require(edit in family.edits, "--edit", edit, rule)
         return family.edits[edit]
     name = edit if edit != "interpolate" else "interpolate_images" if values.images else "interpolate_seeds"
     return partial(latents.WALKS[name], latents.latent_of(family, "--edit", edit, encodes=bool(values.images)))
@@ -160,14 +166,19 @@ def check(values: flags.FlagValues) -> str:
     return edit
 
 
-def inputs(values: flags.FlagValues, edit: str, spec: "ImageSpec") -> dict[str, np.ndarray]:
-    """What the edit is made from, by the names under which it reads it."""
+def inputs(values: flags.FlagValues, edit: str, spec: "ImageSpec", blind: bool) -> dict[str, np.ndarray]:
+    """What the edit is made from, by the names under which it reads it.
+
+    A family that is `blind`, such as a tokenizer, looks at no labels: none are asked for.
+    """
     for flag in ("label", "source_label"):
         check_label(flag, values[flag].value, spec.num_classes)
     if values.seeds:
         ends = dict(zip(ENDS, map(np.uint32, values.seeds), strict=True))
         return ends | {"share": shares(values)} | labels("label", values.label or 0, None, len(shares(values)), spec)
     image, own = images(values.images, spec)
+    if blind and own is None and values.label is None:
+        spec = replace(spec, num_classes=0)
     if edit == "interpolate":
         return between(values, image, own, spec)
     count = len(image)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from diffusion_jax import families, plugs, settings, tree
 from diffusion_jax.cli.workdir import checkpoints_of, config_of, plain
 from diffusion_jax.errors import UserError, require
+from diffusion_jax.families.tokenizer import function_of
 from diffusion_jax.sampling import Sampler
 from diffusion_jax.tokenizers import TRAINED
 from diffusion_jax.training import posthoc, sharding
@@ -111,8 +112,11 @@ class Trained:
           mesh: the devices.
           record: what a checkpoint says of the tokenizer that it was trained with; None for a new run.
 
+        Its hash is of these and of what they are read by. How it is trained on afterwards does not count.
+
         Raises:
-          UserError: where that checkpoint is not there any more, or has other parameters than it had.
+          UserError: where that checkpoint is not there any more, or has other parameters than it had, or where the
+            run's config has another network or bottleneck.
         """
         profile = record["ema"] if record else self.model.settings.sample.ema
         wanted = record and record["step"]
@@ -121,10 +125,10 @@ class Trained:
         require(wanted is None or wanted in steps, f"--{TOKENIZER}", self.workdir, rule)
         weights, step = load_weights(self.model, self.workdir, profile, wanted)
         params = weights[self.model.family.tokenizer.player]
-        function = {name: self.model.config[name] for name in ("family", "precision")}
+        function = function_of(self.model.settings.family) | {"precision": self.model.settings.precision}
         about = {"workdir": self.workdir, "step": step, "ema": profile, "hash": tree.fingerprint(params, function)}
         fine = record is None or record["hash"] == about["hash"]
-        rule = f"its network or parameters at step {step} are not those that this model was trained over"
+        rule = f"its network, bottleneck or parameters at step {step} are not those that this model was trained over"
         require(fine, f"--{TOKENIZER}", self.workdir, rule)
         everywhere = NamedSharding(mesh, P())
         placed = jax.tree.map(lambda x: tree.place(np.asarray(x), everywhere), params)

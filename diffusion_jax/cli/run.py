@@ -23,9 +23,13 @@ from diffusion_jax.data.source import Dataset, to_float, to_uint8
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.evaluation import cost, features, likelihood, real, reconstruction, report
 from diffusion_jax.sampling import Sampler
+from diffusion_jax.tokenizers.bottlenecks import codes as codebooks
 from diffusion_jax.training import logbook, loop, sharding
 from diffusion_jax.training.step import Trainer
 from diffusion_jax.types import Array, Batch, Family, TrainState, Tree, Weights
+
+STILL = 1e-4
+"""A deviation of latents below this is rounding's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,8 @@ class Run(Model):
         codes = self.encoded(frozen) if self.reads_encoded or measured else None
         if measured:
             mean, std = codes.moments()
-            frozen = standardising(frozen, self.mesh, mean, 1.0 / np.maximum(std, 1e-6))
+            # A channel that never moves, such as a digit that is always the same, is centred and left at that.
+            frozen = standardising(frozen, self.mesh, mean, 1.0 / np.where(std < STILL, 1.0, std))
         return replace(self, frozen=frozen, codes=codes)
 
     def encoded(self, frozen: Frozen) -> encoded.EncodedSource:
@@ -218,8 +223,27 @@ class Run(Model):
         return likelihood.summarise(bits) | {"dequantised": self.family.dequantised, "bound": self.family.bound}
 
     def reconstruction(self, weights: Weights, count: int) -> dict[str, Any]:
-        """How near `count` held-out images come to themselves, to the latent and back: see `reconstruction.judge`."""
-        return reconstruction.judge(*self.reconstructed(weights, count), self.extractor)
+        """How near `count` held-out images come to themselves, to the latent and back: see `reconstruction.judge`.
+
+        Where they become codes on the way, also how these are used: see `codes_in_use`.
+        """
+        judged = reconstruction.judge(*self.reconstructed(weights, count), self.extractor)
+        return judged | (self.codes_in_use(weights, count) if self.family.tokenizer else {})
+
+    def codes_in_use(self, weights: Weights, count: int) -> dict[str, Any]:
+        """`codes`, how many there are, and `codebooks.metrics` of those that `count` held-out images become.
+
+        Nothing where they become latents.
+        """
+        it = self.family.tokenizer
+        if not it.vocabulary:
+            return {}
+        rows = {"image": self.held_out(count)["image"]}
+        act = lambda weights, keys, rows, options: it.encode(weights[it.player], rows["image"], None)
+        reader = Sampler(act, self.spec, self.mesh, self.settings.sample.batch_size)
+        tokens = np.concatenate(list(reader.batches(weights, 0, rows, len(rows["image"]), ())))
+        usage = codebooks.counted(codebooks.begin(it.vocabulary), jnp.int32(0), jnp.asarray(tokens))
+        return {"codes": it.vocabulary} | {name: float(value) for name, value in codebooks.metrics(usage).items()}
 
     def reconstructed(self, weights: Weights, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(`count` held-out images, their reconstructions), u8[N,H,W,C] each."""

@@ -93,13 +93,19 @@ def fetch(source: Source, about: object, encode: Encode) -> EncodedSource:
 
 
 def digest(source: Source, about: object) -> str:
-    """Sixteen hexadecimal digits from `about` and the images: all that are in memory, or some of those on disk."""
-    state = hashlib.sha256(repr((about, len(source))).encode())
+    """Sixteen hexadecimal digits from `about`, the images and their labels.
+
+    From all that are in memory; of those on disk from some, and from the source's `identity`, where it has one.
+    """
+    state = hashlib.sha256(repr((about, len(source), getattr(source, "identity", None))).encode())
     if isinstance(source, ArraySource):
-        state.update(np.ascontiguousarray(source.image).data)
+        for column in source.columns().values():
+            state.update(np.ascontiguousarray(column).data)
     else:
         for i in np.linspace(0, len(source) - 1, min(_PROBES, len(source))).astype(int):
-            state.update(np.ascontiguousarray(source[int(i)]["image"]).data)
+            example = source[int(i)]
+            state.update(np.ascontiguousarray(example["image"]).data)
+            state.update(repr(example.get("label")).encode())
     return state.hexdigest()[:16]
 
 

@@ -88,8 +88,14 @@ def judge(images: np.ndarray, made: np.ndarray, features: Features) -> dict[str,
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as a line of text."""
-    return (
+    """The report as a line of text, and another where `codes`, `usage`, `usable` and `perplexity` stand in it."""
+    quality = (
         f"reconstructions of {report['n']} held-out images: PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f}, "
         f"Fréchet distance {report['frechet']:.3f}"
+    )
+    if "codes" not in report:
+        return quality
+    return (
+        f"{quality}\nthey use {report['usage']:.1%} of {report['codes']:,} codes, and so many would use "
+        f"{report['usable']:.1%} drawn alike; perplexity {report['perplexity']:.1f}"
     )

@@ -29,7 +29,7 @@ from diffusion_jax.errors import require
 from diffusion_jax.networks import presets
 from diffusion_jax.networks import tokenizer as networks
 from diffusion_jax.settings import from_section
-from diffusion_jax.tokenizers import autoencoder
+from diffusion_jax.tokenizers import autoencoder, bottlenecks
 from diffusion_jax.tokenizers.autoencoder import Autoencoder
 from diffusion_jax.tokenizers.bottlenecks import codes
 from diffusion_jax.tokenizers.bottlenecks.base import Passed
@@ -46,7 +46,10 @@ ERRORS = {
 
 
 COLLAPSED = 0.1
-"""Share of codes in use, over the share that can have been seen, below which a codebook has collapsed."""
+"""Share of codes in use, over the share that can have been seen, below which a codebook has collapsed.
+
+Of few codes one is more than that: a codebook of which only one is in use has collapsed, too.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +192,21 @@ def _bottleneck(settings: FamilySettings) -> str:
     return settings.bottleneck or (network if network in presets.FIRST_STAGES else "vq")
 
 
+OF_TRAINING = frozenset({"dimensions", "weight", "beta", "temperature", "joint", "codebook", "revive"})
+"""Attributes of bottlenecks that no code or latent depends on once the parameters are fixed."""
+
+
+def function_of(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config's `family` section says, with the parameters, what the frozen tokenizer does: plain data.
+
+    The network, and of the bottleneck what is no matter of training alone. Losses and the discriminator are not in it.
+    """
+    settings = from_section(FamilySettings, {key: value for key, value in section.items() if key != "name"}, "family")
+    between = bottlenecks.build("family.bottleneck", _bottleneck(settings), dimensions=1)
+    read = {name: value for name, value in vars(between).items() if name not in OF_TRAINING}
+    return {"network": settings.network, "bottleneck": type(between).__name__, **read}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The parts, put together."""
@@ -297,8 +315,11 @@ class Model:
         of_player = "autoencoder/" if self.discriminator else ""
         usage, usable = (metrics.get(f"{of_player}{name}", 1.0) for name in ("usage", "usable"))
         codebook = self.autoencoder.vocabulary
+        if codebook < 2:  # latents, or a code that is always the same
+            return {}
+        least = max(COLLAPSED, 1.5 / codebook)  # above the share of one code, below that of two
         rule = f"of {codebook} codes {usage:.1%} are in use; fewer codes, or a bottleneck that revives them, may help"
-        return {"collapse": rule} if usage < COLLAPSED * usable else {}
+        return {"collapse": rule} if usage < least * usable else {}
 
     # ------------------------------------------------------------------------------------------ balance
 

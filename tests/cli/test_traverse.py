@@ -19,8 +19,17 @@ from diffusion_jax.training.checkpoint import Checkpoints
 SMALL = {
     "diffusion": ["--config.family.network=dit(patch=4,width=32,depth=1,heads=2)", "--config.sample.steps=3"],
     "vae": ["--config.family.network=flat(channels=8)"],
+    "transformer": ["--config.family.network=gpt(width=16,depth=1,heads=2,multiple_of=1)"],
+    "transformer-maskgit": ["--config.family.network=maskgit(width=16,depth=1,heads=2)", "--config.sample.steps=4"],
+    "tokenizer": [
+        "--config.family.network=maskgit(channels=8,multipliers=(1,1),blocks=1)",
+        "--config.data.name=digits",
+    ],
 }
-"""family -> what makes its config of digits cheap to run."""
+"""config -> what makes it cheap to run on the digits."""
+
+FILES = {"tokenizer": "configs/digits_canvas.py"}
+"""config -> the file that has it, where that is not configs/digits.py."""
 
 DIMENSIONS = (63, 0, 27)
 VALUES = np.linspace(-40.0, 40.0, 5)  # so much noise in one pixel that its image must show it
@@ -29,10 +38,14 @@ VALUES = np.linspace(-40.0, 40.0, 5)  # so much noise in one pixel that its imag
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def drawn(name, directory):
-    """A run of the digits whose weights are drawn at random: at initialisation many outputs are 0."""
+def drawn(name, directory, *more):
+    """A run of the digits whose weights are drawn at random: at initialisation many outputs are 0.
+
+    `more` are flags of its config.
+    """
     directory.mkdir()
-    flags = [f"--config=configs/digits.py:{name}", *SMALL.get(name, [])]
+    file = FILES.get(name, "configs/digits.py")
+    flags = [f"--config={file}:{name}", "--config.sample.batch_size=16", *SMALL.get(name, []), *more]
     it = assemble(arguments.config_of(arguments.parse("train", arguments.define_config, flags)))
     generator = np.random.default_rng(1)
 
@@ -196,6 +209,61 @@ def test_a_judged_reconstruction_is_the_mean(of_family):
     other = replace(opened, settings=replace(opened.settings, seed=7))
     assert opened.settings.sampling["show"] == "draw"
     assert opened.reconstruction(weights, 60) == other.reconstruction(weights, 60)
+
+
+# ------------------------------------------------------------------------------------------ transformers, tokenizers
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """Flags of an inpainting: two images, and a mask whose right half is to be made."""
+    directory = tmp_path_factory.mktemp("halves")
+    grey = np.random.default_rng(0).integers(0, 17, (2, 8, 8, 1)) * (255 / 16)
+    np.savez(directory / "two.npz", images=np.rint(grey).astype(np.uint8), label=np.arange(2, dtype=np.int32))
+    Image.fromarray(np.repeat(np.uint8([[0] * 4 + [255] * 4]), 8, axis=0)).save(directory / "mask.png")
+    return ["--edit=inpaint", f"--images={directory / 'two.npz'}", f"--mask={directory / 'mask.png'}"]
+
+
+def test_masked_tokens_are_filled_in(halves, tmp_path, capsys):
+    """What is known stays to the bit, what is made depends on the seed; no step is walked again."""
+    workdir, flags = drawn("transformer-maskgit", tmp_path / "run"), [*halves, "--batch_size=8"]
+    first, second = (run("edit", workdir, tmp_path, *flags, f"--seed={seed}")["images"] for seed in (0, 1))
+    with np.load(halves[1].partition("=")[2]) as file:
+        given = file["images"]
+    for made in (first, second):
+        np.testing.assert_array_equal(made[:, :, :4], given[:, :, :4])
+        assert np.mean(made[:, :, 4:] != given[:, :, 4:]) > 0.5
+    assert np.mean(first[:, :, 4:] != second[:, :, 4:]) > 0.5
+    capsys.readouterr()
+    assert main(["edit", f"--workdir={workdir}", f"--out={tmp_path / 'y.npz'}", *flags, "--resamplings=2"]) == 2
+    assert "--resamplings = 2: the family transformer walks no step again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("transformer", [], "a transformer that decodes by maskgit or mar"),
+        ("diffusion", ["--config.family.tokenizer=patches(size=2)"], "diffusion over pixels has it"),
+    ],
+)
+def test_a_run_that_cannot_inpaint_says_which_can(halves, tmp_path, capsys, name, more, words):
+    """Others of its family do."""
+    workdir = drawn(name, tmp_path / "run", *more)
+    assert main(["edit", f"--workdir={workdir}", f"--out={tmp_path / 'x.npz'}", *halves]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"--edit = 'inpaint': the family {name} does not have it in this run; " in line
+    assert words in line
+
+
+def test_a_tokenizer_asks_for_no_label(tmp_path):
+    """Though its data has classes: it looks at none."""
+    workdir = drawn("tokenizer", tmp_path / "run")
+    for i in (0, 1):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)).save(tmp_path / f"{i}.png")
+    pictures = f"--images={tmp_path / '0.png'},{tmp_path / '1.png'}"
+    plain = run("edit", workdir, tmp_path, "--edit=reconstruct", pictures, "--batch_size=8")
+    assert plain["images"].shape == plain["original"].shape == (2, 8, 8, 1)
+    assert "label" not in plain
 
 
 # ------------------------------------------------------------------------------------------ what is refused

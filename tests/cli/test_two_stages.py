@@ -10,12 +10,16 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion_jax import networks
 from diffusion_jax.cli import train as command
 from diffusion_jax.cli.main import main
-from diffusion_jax.cli.model import load_weights, open_model
-from diffusion_jax.cli.run import open_run
+from diffusion_jax.cli.model import load_weights, open_model, open_tokenizer
+from diffusion_jax.cli.run import Run, open_run
 from diffusion_jax.data import encoded
+from diffusion_jax.errors import UserError
+from diffusion_jax.networks import flops
 from diffusion_jax.training.checkpoint import Checkpoints
+from diffusion_jax.types import ImageSpec
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -30,6 +34,7 @@ def get_config(name):
     config.train.ema.main = "constant(decay=0.5)"
     config.checkpoint.every = 2
     config.sample.every = config.evaluate.every = 0
+    config.sample.batch_size = 64
     config.evaluate.num_samples = 50
     config.evaluate.bootstrap = 10
     return config
@@ -105,7 +110,6 @@ def test_what_it_makes_of_the_images_was_kept_and_is_what_it_makes(runs, vectors
     np.testing.assert_array_equal(kept.label, run.dataset.train.label)
 
 
-@pytest.mark.slow
 def test_training_on_what_was_kept_is_training_on_the_images(runs, train, tmp_path):
     """Which the step reads itself where they differ from time to time."""
     run = open_run(str(runs / "tokens")).thawed(record(runs / "tokens"))
@@ -159,7 +163,89 @@ def test_costs_count_the_latents_and_the_decoder(runs):
     """Sampling takes the network's evaluations and one run of the decoder."""
     found = json.loads((runs / "latent" / "evaluation.json").read_text())["cost"]
     assert set(found["parameters"]["players"]) == {"denoiser", "tokenizer"}
-    assert found["sampling"]["flops"] > 0
+    latents = ImageSpec(size=4, channels=3, num_classes=10)
+    network = networks.build("network", LATENT[0].partition("=")[2], latents)
+    codec = open_model(str(runs / "tokenizer")).family
+    params = jax.eval_shape(codec.init, jax.random.key(0))[0]["autoencoder"]
+    z = jax.ShapeDtypeStruct((1, 4, 4, 3), np.float32)
+    decoder = 2.0 * flops.multiply_adds_of(codec.tokenizer.of_vectors, params, z)
+    asked = found["sampling"]["evaluations"] * 2.0 * flops.multiply_adds(network, latents)
+    np.testing.assert_allclose(found["sampling"]["flops"] - asked, decoder, rtol=0.05)
+
+
+def test_a_channel_that_never_moves_is_left_at_that(runs, monkeypatch):
+    """Whatever rounding makes of its deviation: it would be blown up with it."""
+    codes = np.random.default_rng(0).normal(5.0, 2.0, (50, 4, 4, 3)).astype(np.float32)
+    codes[..., 1] = np.float32(0.1) + np.float32(1e-8) * codes[..., 0]
+    kept = encoded.EncodedSource(encoded=codes, label=None)
+    monkeypatch.setattr(Run, "encoded", lambda run, frozen: kept)
+    about = open_run(str(runs / "latent")).thawed(None).frozen.about
+    assert about["scale"][1] == 1.0
+    np.testing.assert_allclose(about["scale"][0], 1.0 / codes[..., 0].std(), rtol=1e-4)
+    np.testing.assert_allclose(about["shift"], codes.astype(np.float64).mean((0, 1, 2)), rtol=1e-4)
+
+
+def test_a_tokenizer_is_judged_by_its_reconstructions_and_the_codes_that_they_use(runs, tmp_path, capsys):
+    """Counted here by hand: of 50 held-out digits 16 codes each; one is in use where it has 1 % of its even share."""
+    assert main(["evaluate", f"--workdir={runs / 'tokenizer'}", f"--out={tmp_path / 'e.json'}"]) == 0
+    shown, found = capsys.readouterr().out, json.loads((tmp_path / "e.json").read_text())["reconstruction"]
+    assert found["n"] == 50
+    assert found["psnr"] > 5.0
+    assert 0.0 < found["ssim"] < 1.0
+    assert found["frechet"] > 0.0
+    run = open_run(str(runs / "tokenizer"))
+    weights, _ = load_weights(run, str(runs / "tokenizer"), "main", None)
+    tokens = run.family.tokenizer.encode(weights["autoencoder"], run.held_out(50)["image"], None)
+    share = np.bincount(np.asarray(tokens).ravel(), minlength=60) / (50 * 16)
+    assert found["codes"] == 60
+    np.testing.assert_allclose(found["usage"], np.mean(share >= 0.01 / 60), rtol=1e-6)
+    entropy = -np.sum(share * np.log(np.maximum(share, 1e-30)))
+    np.testing.assert_allclose(found["perplexity"], np.exp(entropy), rtol=1e-4)
+    assert f"{found['usage']:.1%} of 60 codes" in shown
+
+
+# ---------------------------------------------------------------------------------------------- every kind of pair
+
+PAIRS = {
+    "residual-var": (
+        "residual(codes=6,latents=3,scales=(1,2,4))",
+        "transformer",
+        "family.decoding=var family.network=var(width=16,depth=1,heads=2)",
+    ),
+    "fsq-maskgit": (
+        "fsq(levels=(5,4,3))",
+        "transformer",
+        "family.decoding=maskgit family.network=maskgit(width=16,depth=1,heads=2) sample.steps=4",
+    ),
+    "kl-mar": (
+        "kl(latents=2)",
+        "transformer",
+        "family.decoding=mar family.network=mar(width=16,depth=1,heads=2,buffer=2,mlp_width=16,mlp_depth=1) "
+        "sample.steps=3 sample.solver_steps=3",
+    ),
+    "kl-unet": (
+        "kl(latents=2)",
+        "diffusion",
+        "family.network=unet(channels=32,multipliers=(1,),blocks=1,attention=()) sample.threshold=none sample.steps=3",
+    ),
+}
+"""name -> (bottleneck of the tokenizer, family of a model over it, what its config changes)."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_kind_of_model_goes_over_its_kind_of_tokenizer(train, tmp_path, name):
+    """Two steps each, and then samples."""
+    bottleneck, family, changes = PAIRS[name]
+    flags, short = [f"--config.{change}" for change in changes.split()], "--config.train.steps=2"
+    assert train(tmp_path / "tokenizer", "tokenizer", CODEC, f"--config.family.bottleneck={bottleneck}", short) == 0
+    over = f"--config.family.tokenizer=workdir:{tmp_path / 'tokenizer'}"
+    assert train(tmp_path / "model", family, over, *flags, short) == 0
+    assert ("scale" in record(tmp_path / "model")) == bottleneck.startswith("kl")
+    assert main(["sample", f"--workdir={tmp_path / 'model'}", "--num_samples=3", f"--out={tmp_path / 'x.npz'}"]) == 0
+    with np.load(tmp_path / "x.npz") as file:
+        assert file["images"].shape == (3, 8, 8, 1)
+        assert len(np.unique(file["images"].reshape(3, -1), axis=0)) == 3
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
@@ -188,6 +274,32 @@ def test_a_tokenizer_that_has_changed_is_refused(train, runs, tmp_path, capsys):
     assert main(["sample", f"--workdir={tmp_path / 'tokens'}", "--num_samples=4", f"--out={tmp_path / 'x.npz'}"]) == 2
     assert "are not those that this model was trained over" in capsys.readouterr().err
     assert train(tmp_path / "tokens", "transformer", over, *GPT, "--override") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "fine"),
+    [
+        ({"error": "l2", "discriminator_start": 2, "balance": "fixed(weight=0.5)"}, True),
+        ({"bottleneck": "fsq(levels=(4,5,3))"}, False),
+        ({"precision": "bfloat16"}, False),
+    ],
+    ids=["losses", "bottleneck", "precision"],
+)
+def test_of_a_tokenizer_s_config_only_what_it_is_counts(runs, tmp_path, changes, fine):
+    """Its parameters being the same: where stage one goes on with other losses, models over it stay."""
+    shutil.copytree(runs / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "config.json"
+    config = json.loads(file.read_text())
+    for name, value in changes.items():
+        (config if name in config else config["family"])[name] = value
+    file.write_text(json.dumps(config))
+    model = open_model(str(runs / "tokens"))
+    changed = open_tokenizer({"tokenizer": f"workdir:{tmp_path / 'tokenizer'}"}, model.spec)
+    if fine:
+        assert changed.load(model.mesh, record(runs / "tokens")).about["hash"] == record(runs / "tokens")["hash"]
+    else:
+        with pytest.raises(UserError, match="are not those that this model was trained over"):
+            changed.load(model.mesh, record(runs / "tokens"))
 
 
 def test_latents_have_no_range_to_be_kept_in(train, runs, tmp_path, capsys):

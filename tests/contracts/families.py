@@ -2,7 +2,17 @@
 
 A family joins by being registered in `families.FAMILIES` and by rows of `VARIANTS`, which say how to build it small.
 Then `test_families.py` and `test_family_*.py` hold it to what the trainer, the sampler and the evaluation rely on. They
-do not know which family they look at.
+do not know which family they look at. Where each of the contract's five points is tested:
+
+1. A step, compiled once; each player moved by its own loss alone; all state saved, and taken up again bit by bit:
+   `test_family_training.py`. Real processes, killed at any moment: `tests/training/test_resume.py`.
+2. 1 and 8 devices, bfloat16, microbatches, averages: `test_family_training.py`; the trainer alone: `tests/training`.
+3. An image is that of its seed and index, in [-1, 1]: `test_family_sampling.py`.
+4. Bits per dimension, and bounds in order above a known entropy: `test_family_likelihood.py`.
+5. Truths of a family: of the GAN's losses, penalties, spectral norm and augmentation `tests/adversarial`; of the VAE's
+   Gaussians, pixels and bounds `tests/variational`, and of probabilistic PCA `tests/families/test_vae.py`; StyleGAN2's
+   convolution `tests/networks/test_stylegan2.py`; of diffusion `test_solvers.py`, `test_stochastic.py` and
+   `tests/diffusion`; of tokens and tokenizers `tests/tokenizers`; of each family as a whole `tests/families`.
 """
 
 import functools
@@ -93,6 +103,7 @@ DIFFUSION = {
     ),
     "diffusion-edm": diffusion("edm", "edm", weighting="edm", time_sampling="log_normal"),
     "diffusion-patches": diffusion("cosine", "v", tokenizer="patches(size=2)"),
+    "diffusion-patches-unet": diffusion("cosine", "v", network=UNET, tokenizer="patches(size=2)"),
     "diffusion-unet": diffusion("vp_linear", "v", network=UNET),
     "diffusion-learned": diffusion(
         "learned(hidden=8)", "v", weighting="elbo", time_sampling="uniform", quantiles="importance(bins=4,memory=1)"
@@ -233,6 +244,7 @@ TOKENIZER = {
     "tokenizer-residual": tokenizer(
         "vqgan(channels=8,multipliers=(1,1),blocks=1)", "residual(codes=4,latents=2,scales=(1,2,4))"
     ),
+    "tokenizer-fsq": tokenizer("maskgit(channels=8,multipliers=(1,1),blocks=1)", "fsq(levels=(5,4))"),
     "tokenizer-kl": tokenizer("maskgit(channels=8,multipliers=(1,1),blocks=1)", "kl(latents=2)", error="l2"),
     "tokenizer-lfq": tokenizer(
         "maskgit(channels=8,multipliers=(1,2),blocks=1)",
@@ -242,6 +254,9 @@ TOKENIZER = {
         balance="fixed(weight=0.5)",
     ),
 }
+"""A codebook of running means (`codebook='ema'`) has no row: it moves while every loss is silent, and here nobody may.
+Nor has a discriminator that starts late: it rests in the first steps. tests/families/test_tokenizer.py has both.
+"""
 
 
 # ------------------------------------------------------------------------------------------ all of them

@@ -1,12 +1,16 @@
 """What a tokenizer makes of images: read once, kept whole or not at all, and fed like images."""
 
+import os
+
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from PIL import Image
 
 from diffusion_jax import data
-from diffusion_jax.data import encoded
+from diffusion_jax.data import encoded, folder
 from diffusion_jax.data.source import ArraySource
+from diffusion_jax.types import ImageSpec
 from tests.data.test_feed import batches, mesh_rows
 
 
@@ -64,6 +68,37 @@ def test_other_images_and_other_tokenizers_are_kept_apart():
     found = [encoded.fetch(source, about, halves).encoded[0, 0, 0, 0] for source in sources for about in "ab"]
     assert found == [0.125, 0.125, 0.25, 0.25]
     assert len({encoded.digest(source, about) for source in sources for about in "ab"}) == 4
+
+
+def test_other_labels_are_kept_apart():
+    image = np.zeros((4, 2, 2, 1), np.float32)
+    labels = (None, np.array([0, 0, 1, 1], np.int32), np.array([0, 1, 1, 1], np.int32))
+    assert len({encoded.digest(ArraySource(image=image, label=label), "a") for label in labels}) == 3
+    assert encoded.digest(OnDisk(4), "a") != encoded.digest(OnDisk(4, labelled=False), "a")
+
+
+def test_files_that_nobody_looks_into_are_told_apart(tmp_path, monkeypatch):
+    """By their names, sizes and times of change: of 6 images the first and the last are looked at."""
+    monkeypatch.setattr(encoded, "_PROBES", 2)
+    for i in range(6):
+        file = tmp_path / "images" / "ab"[i // 3] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((2, 2), 40 * i, np.uint8)).save(file)
+
+    def digest():
+        files = tuple(folder.walk(tmp_path / "images"))
+        spec = ImageSpec(size=2, channels=1, num_classes=2)
+        return encoded.digest(folder.FolderSource(files=files, classes=("a", "b"), spec=spec), "about")
+
+    first = digest()
+    assert digest() == first
+    moved, place = tmp_path / "images" / "b" / "1.png", tmp_path / "images" / "a" / "1.png"
+    place.rename(moved)
+    assert digest() != first
+    moved.rename(place)
+    assert digest() == first
+    os.utime(place, (1, 1))
+    assert digest() != first
 
 
 def test_a_file_is_whole_or_not_there(cache):

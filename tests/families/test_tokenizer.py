@@ -11,7 +11,7 @@ import pytest
 
 from diffusion_jax import families, rng
 from diffusion_jax.errors import UserError
-from diffusion_jax.families.tokenizer import Adaptive, last_kernel, with_last_kernel
+from diffusion_jax.families.tokenizer import Adaptive, function_of, last_kernel, with_last_kernel
 from diffusion_jax.networks import build_classifier
 from diffusion_jax.networks import tokenizer as networks
 from diffusion_jax.settings import TrainSettings
@@ -241,6 +241,29 @@ def test_a_preset_brings_its_bottleneck(network, count):
     assert families.build({"name": "tokenizer", "network": NETWORK}, SPEC, "float32").tokenizer.vocabulary == 1024
 
 
+def test_what_a_frozen_tokenizer_is():
+    """Its network, and its bottleneck however that is written; not what it is trained by."""
+    of = lambda **section: function_of({"name": "tokenizer", "network": NETWORK, **section})
+    one = of(bottleneck="vq(codes=5,latents=2)")
+    assert one == of(bottleneck="vq(latents=2,codes=5,beta=0.5,codebook='ema',revive=0.1)", error="l2")
+    assert one == of(bottleneck="vq(codes=5,latents=2)", discriminator=JUDGE, discriminator_start=3, loss="hinge")
+    assert of(bottleneck="kl(latents=2)") == of(bottleneck="kl(latents=2,weight=0.1)")
+    assert of(network="kl-f8") == of(network="kl-f8", bottleneck="kl-f8") == of(network="kl-f8", bottleneck="kl")
+    others = [
+        one,
+        of(bottleneck="vq(codes=6,latents=2)"),
+        of(bottleneck="fsq(levels=(2,2))"),
+        of(bottleneck="lfq(bits=2)"),
+        of(bottleneck="fsq(levels=(3,4))"),
+        of(bottleneck="fsq(levels=(4,3))"),
+        of(bottleneck="residual(scales=(1,2))"),
+        of(bottleneck="residual(scales=(1,4))"),
+        of(network="kl-f8"),
+        of(network="kl-f16"),
+    ]
+    assert len(set(map(repr, others))) == len(others)
+
+
 # ------------------------------------------------------------------------------------------ the codebook in a run
 
 TRAIN = {"batch_size": 4, "learning_rate": 1e-2, "optimizer": "adam", "ema": {}}
@@ -276,17 +299,23 @@ def test_microbatches_leave_the_codebook_alike():
 
 
 def test_collapse_is_told_by_name():
-    """Below a tenth of the codes that can have been seen; not without codes, and not where nothing is known yet."""
+    """Below a tenth of the codes that can have been seen, or where one is all that is in use of a few.
+
+    Not without codes, and not where nothing is known yet.
+    """
     (warning,) = family("vq").warnings({"usage": 0.05, "usable": 1.0}).items()
     assert warning[0] == "collapse"
     assert "of 5 codes 5.0% are in use" in warning[1]
     assert set(family("vq", discriminator=JUDGE).warnings({"autoencoder/usage": 0.05, "autoencoder/usable": 0.9})) == {
         "collapse"
     }
+    assert set(family("vq").warnings({"usage": 1 / 5, "usable": 1.0})) == {"collapse"}
+    assert set(family("fsq").warnings({"usage": 1 / 12, "usable": 0.99})) == {"collapse"}
     nothing = {"usage": float("nan"), "usable": float("nan")}
     for name, metrics in (
-        ("vq", {"usage": 0.2, "usable": 1.0}),
-        ("vq", {"usage": 0.05, "usable": 0.06}),
+        ("vq", {"usage": 2 / 5, "usable": 1.0}),
+        ("fsq", {"usage": 2 / 12, "usable": 1.0}),
+        ("vq", {"usage": 0.2, "usable": 0.3}),
         ("vq", nothing),
         ("kl", {"kl": 0.0}),
     ):
