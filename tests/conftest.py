@@ -23,7 +23,7 @@ def own_cache(tmp_path_factory):
 def forget_programs():
     """Thousands of compiled programs take gigabytes: they go at a module's end, once there are too many."""
     yield
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 3 * 1024**2:  # KiB
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2 * 1024**2:  # KiB
         jax.clear_caches()
 
 

@@ -38,7 +38,7 @@ def quality(records: Sequence[Mapping[str, Any]], sweep: Sequence[Mapping[str, A
       records: one a run, as in `evaluation.comparison`; a large mark each.
       sweep: some of their figures at other numbers of steps, joined by a line.
     """
-    figure = _figure(width=6.4)
+    figure = _figure(width=8.4)
     axes = figure.add_subplot(xlabel="FLOPs a sample", ylabel="Fréchet distance", xscale="log")
     for i, record in enumerate(records):
         walk = sorted((row for row in sweep if row["run"] == record["run"]), key=lambda row: row["sampling_flops"])
@@ -47,7 +47,7 @@ def quality(records: Sequence[Mapping[str, Any]], sweep: Sequence[Mapping[str, A
         _points(axes, [record], color=f"C{i}", marker="o", label=record["run"])
     axes.axhline(records[0]["frechet_floor"], color="grey", linestyle="--", label="real images")
     axes.set_ylim(bottom=0.0)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     return _png(figure)
 
 
