@@ -2,11 +2,19 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from diffusion_jax import plugs
 from diffusion_jax.diffusion.schedule import SCHEDULES, Learned, Schedule
 
 EVERY = (*SCHEDULES, "learned")
+SORTS = ("vp_linear", "edm", "rectified_flow", "zero_terminal_snr", "learned")
+"""One of each sort; "v" and "x0" go with all of them."""
+
+
+def marks(prediction: str, schedule: str) -> list:
+    """For a row of every prediction with every schedule: by default all on `SORTS`, and v on every schedule."""
+    return [] if schedule in SORTS or prediction == "v" else [pytest.mark.slow]
 
 
 def build(text: str) -> Schedule:

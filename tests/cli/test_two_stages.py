@@ -110,6 +110,7 @@ def test_what_it_makes_of_the_images_was_kept_and_is_what_it_makes(runs, vectors
     np.testing.assert_array_equal(kept.label, run.dataset.train.label)
 
 
+@pytest.mark.slow
 def test_training_on_what_was_kept_is_training_on_the_images(runs, train, tmp_path):
     """Which the step reads itself where they differ from time to time."""
     run = open_run(str(runs / "tokens")).thawed(record(runs / "tokens"))

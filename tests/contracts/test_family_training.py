@@ -226,7 +226,9 @@ def promotion_of_jax_attention():
 
 
 @pytest.mark.usefixtures("promotion_of_jax_attention")
-@pytest.mark.parametrize("name", smallest(TRAINED))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("diffusion", "gan-plain") else pytest.mark.slow) for n in TRAINED]
+)
 def test_bfloat16_trains(name):
     """The losses of the first step are those of float32 to 5 %, and every parameter moves and stays float32."""
     states, metrics = course(name)

@@ -282,7 +282,7 @@ def test_map_of_the_gaussian_ode(text, name, x64):
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        pytest.param(text, name, marks=[] if name in FEW or text in TYPICAL else pytest.mark.slow)
+        pytest.param(text, name, marks=[] if name in FEW or text in ("ddim", "ddpm") else pytest.mark.slow)
         for text, name in itertools.product(PROMISES, ROWS)
     ],
 )

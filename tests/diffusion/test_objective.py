@@ -133,7 +133,7 @@ def check_floor(name, prediction, losses, t):
     np.testing.assert_allclose(ratio.std(), np.sqrt(2.0 / SIDE**2), rtol=0.06)
 
 
-@pytest.mark.parametrize(("name", "schedule"), PAIRINGS)
+@pytest.mark.parametrize(("name", "schedule"), [pytest.param(*pair, marks=schedules.marks(*pair)) for pair in PAIRINGS])
 def test_loss_at_the_ideal_denoiser_is_its_floor(name, schedule):
     check_floor(name, build(name, schedule), *measured(schedule)[name, "ideal"])
 
@@ -145,7 +145,7 @@ def test_floor_under_every_time_sampling(time_sampling):
     check_floor("v", prediction, *losses(case)["it"])
 
 
-@pytest.mark.parametrize(("name", "schedule"), PAIRINGS)
+@pytest.mark.parametrize(("name", "schedule"), [pytest.param(*pair, marks=schedules.marks(*pair)) for pair in PAIRINGS])
 def test_any_other_denoiser_is_worse(name, schedule):
     """By the square of what it is off: one standard deviation doubles the loss (the cross term's error: 0.006)."""
     loss, t = measured(schedule)[name, "shifted"]

@@ -14,6 +14,10 @@ from tests import schedules
 PAIRINGS = [(p, s) for p in PREDICTIONS for s in schedules.EVERY]
 
 
+def rows(pairs):
+    return [pytest.param(*pair, marks=schedules.marks(*pair)) for pair in pairs]
+
+
 def build(prediction, schedule):
     return plugs.build("prediction", prediction, PREDICTIONS, schedule=schedules.build(schedule))
 
@@ -44,7 +48,7 @@ def test_which_pairings_are_refused():
     assert refused == {(name, schedule) for name in ("eps", "score") for schedule in NO_SIGNAL_AT_THE_END}
 
 
-@pytest.mark.parametrize(("name", "schedule"), PAIRINGS)
+@pytest.mark.parametrize(("name", "schedule"), rows(PAIRINGS))
 def test_a_pairing_is_refused_where_it_does_not_determine_the_image(name, schedule, x64):
     """x = alpha x0 + sigma eps and y = a x0 + b eps as a matrix: usable iff no used time makes it singular."""
     prediction = build(name, schedule)
@@ -63,7 +67,7 @@ def test_refusal_names_both():
         check_pairing("family.prediction", build("eps", "rectified_flow"), "eps with rectified_flow")
 
 
-@pytest.mark.parametrize(("name", "schedule"), [pair for pair in PAIRINGS if allowed(*pair)])
+@pytest.mark.parametrize(("name", "schedule"), rows(pair for pair in PAIRINGS if allowed(*pair)))
 def test_split_inverts_target(name, schedule, x64):
     prediction = build(name, schedule)
     t = jnp.concatenate([first_time(prediction.schedule).astype(jnp.float64)[None], jnp.linspace(0.01, 1.0, 30)])
@@ -74,7 +78,7 @@ def test_split_inverts_target(name, schedule, x64):
     np.testing.assert_allclose(got[1], eps, atol=1e-10)
 
 
-@pytest.mark.parametrize(("name", "schedule"), [pair for pair in PAIRINGS if allowed(*pair)])
+@pytest.mark.parametrize(("name", "schedule"), rows(pair for pair in PAIRINGS if allowed(*pair)))
 def test_whatever_the_network_says_is_split_into_parts_of_x(name, schedule, x64):
     """alpha x0 + sigma eps = x for any y: a wrong network moves along the line, never off it."""
     prediction, t = build(name, schedule), jnp.linspace(0.01, 1.0, 20)
@@ -84,7 +88,7 @@ def test_whatever_the_network_says_is_split_into_parts_of_x(name, schedule, x64)
     np.testing.assert_allclose(again, x, atol=1e-9)
 
 
-@pytest.mark.parametrize(("name", "schedule"), [pair for pair in PAIRINGS if allowed(*pair)])
+@pytest.mark.parametrize(("name", "schedule"), rows(pair for pair in PAIRINGS if allowed(*pair)))
 def test_one_time_serves_all_examples(name, schedule):
     prediction = build(name, schedule)
     x, y = (a.astype(jnp.float32) for a in images(2, 3))
@@ -169,7 +173,7 @@ def test_edm_target_has_unit_variance_on_any_schedule(schedule, x64):
     np.testing.assert_allclose(a * data**2 * alpha + b * sigma, 0.0, atol=1e-9)
 
 
-@pytest.mark.parametrize(("name", "schedule"), PAIRINGS)
+@pytest.mark.parametrize(("name", "schedule"), rows(PAIRINGS))
 def test_the_network_sees_inputs_of_order_one(name, schedule, x64):
     """Of data with variance 1 or below the scaled input has at most variance 1 (edm, scaled to sigma_data: 4)."""
     prediction, t = build(name, schedule), jnp.linspace(0.001, 1.0, 100)

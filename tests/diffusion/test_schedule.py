@@ -310,7 +310,7 @@ def test_zero_terminal_snr_of_nothing_left_changes_nothing(x64):
 # ------------------------------------------------------------------------------------------ the interface
 
 
-@pytest.fixture(params=TEXTS)
+@pytest.fixture(params=[*EVERY, *(pytest.param(text, marks=pytest.mark.slow) for text in OPTIONS)])
 def schedule(request):
     return build(request.param)
 

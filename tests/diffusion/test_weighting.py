@@ -44,7 +44,7 @@ def _pairings():
                 check_pairing("prediction", prediction, "")
             except UserError:
                 continue
-            yield pytest.param(prediction, id=f"{name}-{schedule}")
+            yield pytest.param(prediction, id=f"{name}-{schedule}", marks=schedules.marks(name, schedule))
 
 
 PAIRINGS = list(_pairings())

@@ -176,7 +176,7 @@ def test_a_shared_time_is_embedded_once(name):
     assert rows == [1] * 6  # the embedding's second layer, and five blocks
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["unet", pytest.param("adm", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_no_gradient(name):
     """ "full" runs convolutions again, which "dots" keeps."""
     x, t = normals(2, *UNLABELLED.shape), jnp.float32([0.2, 0.7])

@@ -13,7 +13,9 @@ SPEC = ImageSpec(size=8, channels=3, num_classes=5)
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("dit", "edm2", "unet") else pytest.mark.slow) for n in TINY]
+)
 def test_prepared_weights_are_the_same_function(name, precision):
     params, apply = network(TINY[name], precision)
     with jax.numpy_dtype_promotion("standard"):
