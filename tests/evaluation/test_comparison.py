@@ -7,12 +7,12 @@ from diffusion_jax.evaluation import comparison
 from diffusion_jax.settings import common_fields
 
 
-def conditions(image_size=8, **fields):
-    """Of a run with these fields of `data`, whose images are `image_size` pixels wide."""
+def conditions(size=8, **fields):
+    """Of a run with these fields of `data`, whose images are `size` pixels wide."""
     evaluation = dict.fromkeys(comparison.EFFORT, 60) | {"features": {"name": "a classifier", "fingerprint": "0a1b"}}
     evaluation |= {"metrics": {"frechet": {"floor": 1.5}}}
     config = common_fields()
-    return comparison.conditions(config | {"data": config["data"] | fields}, image_size, evaluation)
+    return comparison.conditions(config | {"data": config["data"] | fields}, size, evaluation)
 
 
 @pytest.mark.parametrize(
@@ -31,4 +31,4 @@ def test_what_changes_the_judgement_is_refused(field, value):
     with pytest.raises(UserError, match=rf"data\.{field} is .* for a and {value!r} for b"):
         comparison.check({"a": conditions(), "b": conditions(**{field: value})})
     with pytest.raises(UserError, match="image_size is 8 for a and 16 for b"):
-        comparison.check({"a": conditions(image_size=8), "b": conditions(image_size=16)})
+        comparison.check({"a": conditions(size=8), "b": conditions(size=16)})
