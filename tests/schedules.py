@@ -8,8 +8,8 @@ from diffusion_jax import plugs
 from diffusion_jax.diffusion.schedule import SCHEDULES, Learned, Schedule
 
 EVERY = (*SCHEDULES, "learned")
-SORTS = ("vp_linear", "edm", "rectified_flow", "zero_terminal_snr", "learned")
-"""One of each sort; "v" and "x0" go with all of them."""
+SORTS = ("vp_linear", "cosine", "edm", "rectified_flow", "zero_terminal_snr", "learned")
+"""One of each sort: what most tests look at."""
 
 
 def marks(prediction: str, schedule: str) -> list:

@@ -40,6 +40,8 @@ def quality(records: Sequence[Mapping[str, Any]], sweep: Sequence[Mapping[str, A
     """
     figure = _figure(width=8.4)
     axes = figure.add_subplot(xlabel="FLOPs a sample", ylabel="Fréchet distance", xscale="log")
+    costs = [row["sampling_flops"] for row in (*records, *sweep)]
+    axes.set_xlim(min(costs) / 2.0, max(costs) * 2.0)  # runs of one cost leave a logarithmic axis of no width
     for i, record in enumerate(records):
         walk = sorted((row for row in sweep if row["run"] == record["run"]), key=lambda row: row["sampling_flops"])
         if walk:

@@ -192,10 +192,6 @@ def _bottleneck(settings: FamilySettings) -> str:
     return settings.bottleneck or (network if network in presets.FIRST_STAGES else "vq")
 
 
-OF_TRAINING = frozenset({"dimensions", "weight", "beta", "temperature", "joint", "codebook", "revive"})
-"""Attributes of bottlenecks that no code or latent depends on once the parameters are fixed."""
-
-
 def function_of(section: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config's `family` section says, with the parameters, what the frozen tokenizer does: plain data.
 
@@ -203,8 +199,7 @@ def function_of(section: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = from_section(FamilySettings, {key: value for key, value in section.items() if key != "name"}, "family")
     between = bottlenecks.build("family.bottleneck", _bottleneck(settings), dimensions=1)
-    read = {name: value for name, value in vars(between).items() if name not in OF_TRAINING}
-    return {"network": settings.network, "bottleneck": type(between).__name__, **read}
+    return {"network": settings.network} | bottlenecks.function_of(between)
 
 
 @dataclass(frozen=True, kw_only=True)

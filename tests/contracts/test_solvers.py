@@ -22,7 +22,6 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.types import Denoised
 from tests.contracts import papers_ode as papers
 from tests.contracts.closed_form import (
-    FEW,
     FINITE,
     GAUSSIAN,
     POINT,
@@ -40,6 +39,7 @@ from tests.contracts.closed_form import (
     slope,
     transported,
 )
+from tests.schedules import SORTS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -282,7 +282,7 @@ def test_map_of_the_gaussian_ode(text, name, x64):
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        pytest.param(text, name, marks=[] if name in FEW or text in ("ddim", "ddpm") else pytest.mark.slow)
+        pytest.param(text, name, marks=[] if name in SORTS or text in ("ddim", "ddpm") else pytest.mark.slow)
         for text, name in itertools.product(PROMISES, ROWS)
     ],
 )

@@ -13,7 +13,7 @@ from diffusion_jax.diffusion.solvers.base import solve
 from diffusion_jax.diffusion.thresholding import THRESHOLDS, Static, thresholded
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Denoised
-from tests.diffusion.test_guidance import NULL, of, two_gaussians
+from tests.diffusion.guided import NULL, of, two_gaussians
 
 NAMES = ("vp_linear", "cosine", "edm", "rectified_flow")
 TEXTS = ("none", "static(bound=0.7)", "dynamic(quantile=0.9)")
