@@ -253,10 +253,14 @@ TOKENIZER = {
         loss="non_saturating",
         balance="fixed(weight=0.5)",
     ),
+    "tokenizer-ema": tokenizer(
+        "maskgit(channels=8,multipliers=(1,1),blocks=1)",
+        "vq(codes=4,latents=2,codebook='ema',revive=0.1)",
+        discriminator=PATCHGAN,
+        loss="least_squares",
+        discriminator_start=1,  # at rest before
+    ),
 }
-"""A codebook of running means (`codebook='ema'`) has no row: it moves while every loss is silent, and here nobody may.
-Nor has a discriminator that starts late: it rests in the first steps. tests/families/test_tokenizer.py has both.
-"""
 
 
 # ------------------------------------------------------------------------------------------ all of them
