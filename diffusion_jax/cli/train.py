@@ -94,8 +94,7 @@ def train(
     with Logbook(workdir, start, settings.steps, settings.batch_size) as logbook:
 
         def log(step: int, metrics: dict[str, float]) -> None:
-            logbook.progress(step, metrics)
-            logbook.warn(step, run.family.warnings(metrics))
+            logbook.progress(step, metrics, run.family.warnings(metrics))
 
         if start < settings.steps:
             program = compiled(program, feed, start, frozen)

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     if values.images:
         check_walk(values, drawer)
     chosen = dimensions(values, math.prod(latent.shape))
-    rows = inputs(values, chosen, model.spec)
+    rows = inputs(values, chosen, model.spec, blind=model.family.tokenizer is not None)
 
     count = len(rows["value"])
     sampler = Sampler(partial(latents.traverse, latent), model.spec, model.mesh, drawer.batch_size)
@@ -109,14 +109,19 @@ def dimensions(values: flags.FlagValues, width: int) -> list[int]:
     return chosen
 
 
-def inputs(values: flags.FlagValues, chosen: Sequence[int], spec: "ImageSpec") -> dict[str, np.ndarray]:
-    """What `latents.traverse` reads: for each image to begin at, dimension and value, in this order, one row."""
+def inputs(values: flags.FlagValues, chosen: Sequence[int], spec: "ImageSpec", blind: bool) -> dict[str, np.ndarray]:
+    """What `latents.traverse` reads: for each image to begin at, dimension and value, in this order, one row.
+
+    A family that is `blind`, such as a tokenizer, looks at no labels: none are asked for.
+    """
     check_label("label", values.label, spec.num_classes)
     if values.images:
         image, own = images(values.images, spec)
-        count, begun = len(image), {"image": image} | labels("label", values.label, own, len(image), spec)
+        count, begun = len(image), {"image": image}
     else:
-        count, begun = 1, labels("label", values.label or 0, None, 1, spec)
+        count, own, begun = 1, None if blind else np.zeros(1, np.int32), {}
+    if not (blind and own is None and values.label is None):
+        begun |= labels("label", values.label, own, count, spec)
     at = np.linspace(-values.range, values.range, values.columns, dtype=np.float32)
     grid = np.meshgrid(np.arange(count, dtype=np.int32), np.asarray(chosen, np.int32), at, indexing="ij")
     index, dimension, value = (axis.ravel() for axis in grid)

@@ -5,9 +5,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from diffusion_jax.files import write_whole
+
+NO_WARNINGS: Mapping[str, str] = MappingProxyType({})
 
 
 class Logbook:
@@ -55,14 +57,17 @@ class Logbook:
             self.bar.stop()
         self.events.close()
 
-    def progress(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A line of training: `metrics` are means over the steps since the last line."""
+    def progress(self, step: int, metrics: Mapping[str, float], warnings: Mapping[str, str] = NO_WARNINGS) -> None:
+        """A line of training: `metrics` are means over the steps since the last line, `warnings` sentences by name.
+
+        A warning is printed when it begins, and again where it had gone in between; the file has the names in each line.
+        """
         now = time.perf_counter()
         rate = (step - self.step) / max(now - self.time, 1e-9)
         self.seconds += now - self.time
         self.step, self.time = step, now
         rates = {"steps_per_second": rate, "images_per_second": rate * self.batch_size}
-        self.write(step, {**metrics, **rates, "seconds": self.seconds})
+        self.write(step, {**metrics, **rates, "seconds": self.seconds}, sorted(warnings))
         losses = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.endswith("loss"))
         speed = f"{losses}  {rate:.1f} steps/s  {rates['images_per_second']:.0f} images/s"
         if self.bar:
@@ -70,20 +75,19 @@ class Logbook:
         else:
             left = datetime.timedelta(seconds=round((self.total - step) / rate))
             print(f"step {step}/{self.total}  {speed}  {left} left", file=sys.stderr, flush=True)
+        for name in sorted(set(warnings) - self.warned):
+            print(f"step {step}  warning, {name}: {warnings[name]}", file=sys.stderr, flush=True)
+        self.warned = set(warnings)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics for the files alone; a value that is not finite is null in JSON."""
+    def write(self, step: int, metrics: Mapping[str, float], warnings: Sequence[str] = ()) -> None:
+        """Metrics, and the names of warnings, for the files alone; a value that is not finite is null in JSON."""
         row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        if warnings:
+            row["warnings"] = list(warnings)
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in metrics.items():
             self.events.add_scalar(name, value, step)
-
-    def warn(self, step: int, warnings: Mapping[str, str]) -> None:
-        """Say each warning, a sentence by name, when it begins; again where it had gone in between."""
-        for name in sorted(set(warnings) - self.warned):
-            print(f"step {step}  warning, {name}: {warnings[name]}", file=sys.stderr, flush=True)
-        self.warned = set(warnings)
 
     def rest(self) -> None:
         """Leave the time since the last line out of the next line's times (something else was done)."""

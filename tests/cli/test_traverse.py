@@ -264,6 +264,9 @@ def test_a_tokenizer_asks_for_no_label(tmp_path):
     plain = run("edit", workdir, tmp_path, "--edit=reconstruct", pictures, "--batch_size=8")
     assert plain["images"].shape == plain["original"].shape == (2, 8, 8, 1)
     assert "label" not in plain
+    walked = run("traverse", workdir, tmp_path, pictures, "--dimensions=3", "--columns=3", "--batch_size=8")
+    assert walked["images"].shape == (6, 8, 8, 1)
+    assert "label" not in walked
 
 
 # ------------------------------------------------------------------------------------------ what is refused

@@ -74,7 +74,7 @@ def test_seconds_are_unknown_where_a_run_did_not_keep_them(tmp_path, clock):
     assert math.isnan(logbook.seconds_until(tmp_path / "metrics.jsonl", 20))
 
 
-def test_a_warning_is_told_once_while_it_lasts(tmp_path, capsys):
+def test_a_warning_is_told_once_while_it_lasts_and_kept_in_each_line(tmp_path, capsys):
     with logbook.Logbook(tmp_path, start=0, total=50, batch_size=2) as book:
         for step, warnings in (
             (10, {}),
@@ -83,8 +83,8 @@ def test_a_warning_is_told_once_while_it_lasts(tmp_path, capsys):
             (40, {}),
             (50, {"collapse": "few"}),
         ):
-            book.warn(step, warnings)
-    assert capsys.readouterr().err.splitlines() == [
-        "step 20  warning, collapse: few",
-        "step 50  warning, collapse: few",
-    ]
+            book.progress(step, {}, warnings)
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert told == ["step 20  warning, collapse: few", "step 50  warning, collapse: few"]
+    kept = [row.get("warnings") for row in rows_of(tmp_path)]
+    assert kept == [None, ["collapse"], ["collapse"], None, ["collapse"]]
