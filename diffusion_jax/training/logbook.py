@@ -60,7 +60,7 @@ class Logbook:
     def progress(self, step: int, metrics: Mapping[str, float], warnings: Mapping[str, str] = NO_WARNINGS) -> None:
         """A line of training: `metrics` are means over the steps since the last line, `warnings` sentences by name.
 
-        A warning is printed when it begins, and again where it had gone in between; its name is in each line of the file.
+        A warning is printed when it begins, and again where it had gone in between; each line of the file has its name.
         """
         now = time.perf_counter()
         rate = (step - self.step) / max(now - self.time, 1e-9)
