@@ -6,6 +6,7 @@ Building one compiles nothing and writes nothing.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -126,7 +127,8 @@ class Trained:
         weights, step = load_weights(self.model, self.workdir, profile, wanted)
         params = weights[self.model.family.tokenizer.player]
         function = function_of(self.model.settings.family) | {"precision": self.model.settings.precision}
-        about = {"workdir": self.workdir, "step": step, "ema": profile, "hash": tree.fingerprint(params, function)}
+        about = {"workdir": str(Path(self.workdir).absolute()), "step": step, "ema": profile}
+        about["hash"] = tree.fingerprint(params, function)
         fine = record is None or record["hash"] == about["hash"]
         rule = f"its network, bottleneck or parameters at step {step} are not those that this model was trained over"
         require(fine, f"--{TOKENIZER}", self.workdir, rule)

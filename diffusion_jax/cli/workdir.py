@@ -8,6 +8,7 @@ from typing import Any
 from diffusion_jax import families, files
 from diffusion_jax.errors import UserError
 from diffusion_jax.settings import common_fields
+from diffusion_jax.tokenizers import TRAINED
 from diffusion_jax.training.checkpoint import Checkpoints
 
 
@@ -75,7 +76,7 @@ def differences(saved: Mapping[str, Any] | None, config: Mapping[str, Any], path
 
 
 def config_of(workdir: str, flag: str = "workdir") -> dict[str, Any]:
-    """The config of a workdir, which `flag` named.
+    """The config of a workdir, which `flag` named, with the tokenizer that it names where that is seen from here.
 
     Raises:
       UserError: where there is none.
@@ -83,7 +84,21 @@ def config_of(workdir: str, flag: str = "workdir") -> dict[str, Any]:
     config = saved_config(Path(workdir))
     if config is None:
         raise UserError(f"--{flag}={workdir}: there is no run here (no config.json); train one first.")
-    return config
+    family = config["family"]
+    text = str(family.get("tokenizer", ""))
+    if text.startswith(TRAINED):
+        family = family | {"tokenizer": TRAINED + str(tokenizer_of(Path(workdir), text.removeprefix(TRAINED)))}
+    return config | {"family": family}
+
+
+def tokenizer_of(workdir: Path, named: str) -> Path:
+    """Where a run's tokenizer is: as its config has it, where it stood in training, or beside the run, if they moved.
+
+    That it is the same one its hash says, later.
+    """
+    trained = (tokenizer_record(workdir) or {}).get("workdir", named)
+    places = (Path(named), Path(trained), workdir.absolute().parent / Path(named).name)
+    return next((place for place in places if saved_config(place)), Path(named))
 
 
 def checkpoints_of(workdir: str, flag: str) -> Checkpoints:

@@ -42,6 +42,7 @@ def get_config(name):
 CODEC = "--config.family.network=maskgit(channels=8,multipliers=(1,1),blocks=1)"
 LATENT = ["--config.family.network=dit(patch=1,width=16,depth=1,heads=2)", "--config.sample.threshold=none"]
 GPT = ["--config.family.network=gpt(width=16,depth=1,heads=2,multiple_of=1)"]
+SHORT = "--config.train.steps=2"
 
 
 @pytest.fixture(scope="module")
@@ -238,10 +239,10 @@ PAIRS = {
 def test_every_kind_of_model_goes_over_its_kind_of_tokenizer(train, tmp_path, name):
     """Two steps each, and then samples."""
     bottleneck, family, changes = PAIRS[name]
-    flags, short = [f"--config.{change}" for change in changes.split()], "--config.train.steps=2"
-    assert train(tmp_path / "tokenizer", "tokenizer", CODEC, f"--config.family.bottleneck={bottleneck}", short) == 0
+    flags = [f"--config.{change}" for change in changes.split()]
+    assert train(tmp_path / "tokenizer", "tokenizer", CODEC, f"--config.family.bottleneck={bottleneck}", SHORT) == 0
     over = f"--config.family.tokenizer=workdir:{tmp_path / 'tokenizer'}"
-    assert train(tmp_path / "model", family, over, *flags, short) == 0
+    assert train(tmp_path / "model", family, over, *flags, SHORT) == 0
     assert ("scale" in record(tmp_path / "model")) == bottleneck.startswith("kl")
     assert main(["sample", f"--workdir={tmp_path / 'model'}", "--num_samples=3", f"--out={tmp_path / 'x.npz'}"]) == 0
     with np.load(tmp_path / "x.npz") as file:
@@ -258,6 +259,24 @@ def test_a_tokenizer_that_is_not_there_is_named(train, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_tokenizer_is_found_from_another_directory_and_after_a_move(train, runs, tmp_path, monkeypatch, capsys):
+    """Where training knew it by a relative path."""
+    (tmp_path / "a").mkdir()
+    shutil.copytree(runs / "tokenizer", tmp_path / "a" / "tokenizer")
+    monkeypatch.chdir(tmp_path / "a")
+    assert train("tokens", "transformer", "--config.family.tokenizer=workdir:tokenizer", *GPT, SHORT) == 0
+    monkeypatch.chdir(tmp_path)
+    sample = lambda run, out: main(["sample", f"--workdir={run}/tokens", "--num_samples=4", f"--out={out}.npz"])
+    assert sample("a", "before") == 0
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert sample("b", "after") == 0
+    with np.load("before.npz") as before, np.load("after.npz") as after:
+        np.testing.assert_array_equal(before["images"], after["images"])
+    shutil.rmtree(tmp_path / "b" / "tokenizer")
+    assert sample("b", "gone") == 2
+    assert "--config.family.tokenizer=tokenizer: there is no run here" in capsys.readouterr().err
+
+
 def test_a_run_of_another_family_is_no_tokenizer(train, runs, tmp_path, capsys):
     assert train(tmp_path / "x", "diffusion", f"--config.family.tokenizer=workdir:{runs / 'tokens'}", *LATENT) == 2
     assert "is a run of the family transformer, which trains no tokenizer" in capsys.readouterr().err
@@ -267,7 +286,7 @@ def test_a_tokenizer_that_has_changed_is_refused(train, runs, tmp_path, capsys):
     """Trained anew under the same name: a model over the old one must not be sampled from with it."""
     shutil.copytree(runs / "tokenizer", tmp_path / "tokenizer")
     over = f"--config.family.tokenizer=workdir:{tmp_path / 'tokenizer'}"
-    assert train(tmp_path / "tokens", "transformer", over, *GPT, "--config.train.steps=2") == 0
+    assert train(tmp_path / "tokens", "transformer", over, *GPT, SHORT) == 0
     shutil.rmtree(tmp_path / "tokenizer")
     again = [CODEC, "--config.family.bottleneck=fsq(levels=(5,4,3))", "--config.seed=1"]
     assert train(tmp_path / "tokenizer", "tokenizer", *again) == 0

@@ -11,15 +11,13 @@ from diffusion_jax import tree
 from diffusion_jax.cli import arguments
 from diffusion_jax.cli import run as runs
 from diffusion_jax.cli.bench.instruments import device, durations, peak_flops, timed
-from diffusion_jax.cli.workdir import saved_config, tokenizer_record
+from diffusion_jax.cli.workdir import config_of, tokenizer_record
 from diffusion_jax.errors import UserError
 
 
 def measure(values: flags.FlagValues) -> dict[str, Any]:
     """Times of the config that --config or --workdir names."""
-    config = saved_config(Path(values.workdir)) if values.workdir else arguments.config_of(values)
-    if config is None:
-        raise UserError(f"--workdir={values.workdir}: there is no run here (no config.json).")
+    config = config_of(values.workdir) if values.workdir else arguments.config_of(values)
     run = runs.assemble(config).thawed(tokenizer_record(Path(values.workdir)) if values.workdir else None)
     capacity = run.settings.train.log_every
     if values.steps > capacity:
