@@ -17,7 +17,7 @@ do not know which family they look at. Where each of the contract's five points 
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,12 +25,15 @@ import pytest
 
 from diffusion_jax import families
 from diffusion_jax.sampling import Sampler
+from diffusion_jax.tokenizers import autoencoder
 from diffusion_jax.types import ImageSpec
 from tests.arrays import filled
 from tests.training.toys import mesh
 
 LABELLED = ImageSpec(size=8, channels=1, num_classes=3, levels=4)
 PLAIN = ImageSpec(size=8, channels=1, num_classes=0, levels=4)
+CODEC = "maskgit(channels=8,multipliers=(1,1),blocks=1)"
+"""Of a tokenizer: 4x4 places an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +45,37 @@ class Variant:
       spec: what its images look like.
       options: option of `sample` -> two values; both count, and from one to the other nothing compiles again. The first
         ones make images in little time.
+      needs: option of `sample` -> the value that it needs.
       bounds: rows of `family.likelihood`, from the loosest bound to the tightest; none without a likelihood.
       exact: whether there is one likelihood, and nothing random in it.
       worse: the variant that it is guided away from; then it is sampled from and not trained.
+      codec: the bottleneck of the frozen tokenizer that it is over; empty for none.
     """
 
     section: Mapping[str, object]
     spec: ImageSpec = LABELLED
     options: Mapping[str, tuple] = field(default_factory=dict)
+    needs: Mapping[str, object] = field(default_factory=dict)
     bounds: tuple[str, ...] = ()
     exact: bool = False
     worse: str | None = None
+    codec: str = ""
 
     def build(self, precision="float32", **fields):
         """The family, with other `fields` of its section where they are given."""
-        return families.build({**self.section, **fields}, self.spec, precision)
+        given = (self.autoencoder(precision).tokenizer("autoencoder"),) if self.codec else ()
+        return families.build({**self.section, **fields}, self.spec, precision, *given)
+
+    def autoencoder(self, precision="float32"):
+        """Encoder, `codec` and decoder."""
+        return autoencoder.build(CODEC, self.codec, self.spec, precision)
+
+    def over(self, codec, **fields):
+        """The same over a frozen tokenizer, with other `fields`. Its latents have no range that a threshold knows."""
+        section = {**self.section, "tokenizer": "workdir:codec", **fields}
+        options = {name: pair for name, pair in self.options.items() if name != "threshold"}
+        needs = {"threshold": "none"} if options != self.options else {}
+        return replace(self, section=section, options=options, needs=needs, codec=codec, bounds=(), exact=False)
 
 
 # ------------------------------------------------------------------------------------------ diffusion
@@ -244,8 +263,8 @@ TOKENIZER = {
     "tokenizer-residual": tokenizer(
         "vqgan(channels=8,multipliers=(1,1),blocks=1)", "residual(codes=4,latents=2,scales=(1,2,4))"
     ),
-    "tokenizer-fsq": tokenizer("maskgit(channels=8,multipliers=(1,1),blocks=1)", "fsq(levels=(5,4))"),
-    "tokenizer-kl": tokenizer("maskgit(channels=8,multipliers=(1,1),blocks=1)", "kl(latents=2)", error="l2"),
+    "tokenizer-fsq": tokenizer(CODEC, "fsq(levels=(5,4))"),
+    "tokenizer-kl": tokenizer(CODEC, "kl(latents=2)", error="l2"),
     "tokenizer-lfq": tokenizer(
         "maskgit(channels=8,multipliers=(1,2),blocks=1)",
         "lfq(bits=3)",
@@ -254,7 +273,7 @@ TOKENIZER = {
         balance="fixed(weight=0.5)",
     ),
     "tokenizer-ema": tokenizer(
-        "maskgit(channels=8,multipliers=(1,1),blocks=1)",
+        CODEC,
         "vq(codes=4,latents=2,codebook='ema',revive=0.1)",
         discriminator=PATCHGAN,
         loss="least_squares",
@@ -263,9 +282,21 @@ TOKENIZER = {
 }
 
 
+# ------------------------------------------------------------------------------------------ over frozen tokenizers
+
+SECOND = {
+    "diffusion-latent": DIFFUSION["diffusion"].over("kl(latents=2)", network="dit(patch=1,width=16,depth=1,heads=2)"),
+    "diffusion-latent-unet": DIFFUSION["diffusion"].over("kl(latents=2)", network=UNET),
+    "transformer-codes": TRANSFORMER["transformer"].over("fsq(levels=(5,4))"),
+    "transformer-maskgit-codes": TRANSFORMER["transformer-maskgit"].over("lfq(bits=3)"),
+    "transformer-var-codes": TRANSFORMER["transformer-var"].over("residual(codes=6,latents=3,scales=(1,2,4))"),
+    "transformer-mar-latents": TRANSFORMER["transformer-mar"].over("kl(latents=2)"),
+}
+
+
 # ------------------------------------------------------------------------------------------ all of them
 
-VARIANTS = DIFFUSION | GAN | VAE | TRANSFORMER | TOKENIZER
+VARIANTS = DIFFUSION | GAN | VAE | TRANSFORMER | TOKENIZER | SECOND
 TRAINED = [name for name, row in VARIANTS.items() if row.worse is None]
 """The variants that are trained: one that is guided away from another takes its weights from trained ones."""
 
@@ -303,7 +334,20 @@ def batch(spec, count=4, seed=0):
 def weights(name):
     """Parameters drawn at random, so that none is 0: at initialisation many outputs are 0."""
     worse = VARIANTS[name].worse
-    return filled(lambda key: family(name).init(key)[0]) | ({"weak": weights(worse)} if worse else {})
+    return filled(lambda key: family(name).init(key)[0]) | frozen(name) | ({"weak": weights(worse)} if worse else {})
+
+
+@functools.cache
+def frozen(name):
+    """What a tokenizer gives a training step and the weights: parameters, and the scale of latents."""
+    if not VARIANTS[name].codec:
+        return {}
+    it = VARIANTS[name].autoencoder()
+    given = {"params": filled(lambda key: it.init(key)[0])}
+    if family(name).first_stage.measured:
+        channels = it.bottleneck.latents
+        given |= {"shift": np.full(channels, 0.1, np.float32), "scale": np.full(channels, 2.0, np.float32)}
+    return {"tokenizer": given}
 
 
 # ------------------------------------------------------------------------------------------ sampling
@@ -317,7 +361,8 @@ def sampler(name, ways=1, batch_size=4):
 
 def options(name, **changes):
     """The first ones of the variant's options, but for `changes`, as `generate` takes them."""
-    return family(name).sampling({option: values[0] for option, values in VARIANTS[name].options.items()} | changes)
+    firsts = {option: values[0] for option, values in VARIANTS[name].options.items()}
+    return family(name).sampling({**VARIANTS[name].needs, **firsts, **changes})
 
 
 def drawn(name, index=(0, 1, 2, 3), seed=0, label=None, params=None, **changes):

@@ -22,7 +22,7 @@ from diffusion_jax.training.checkpoint import Checkpoints
 from diffusion_jax.training.loop import compile_program
 from diffusion_jax.training.step import Trainer
 from diffusion_jax.types import TrainState
-from tests.contracts.families import TRAINED, VARIANTS, family, noise, smallest
+from tests.contracts.families import TRAINED, VARIANTS, family, frozen, noise, smallest
 from tests.training.toys import mesh
 
 STEPS = 4
@@ -80,7 +80,9 @@ def advance(name, state, count, silent=(), **how):
     place = lambda leaf, like: jax.device_put(np.array(leaf), like.sharding)
     heard = {player.name: jnp.float32(player.name not in silent) for player in family(name).players}
     chunk = feed.chunk(int(state.step), count)
-    state, outcome = run.advance(jax.tree.map(place, state, run.abstract), chunk, jnp.int32(count), heard)
+    state, outcome = run.advance(
+        jax.tree.map(place, state, run.abstract), chunk, jnp.int32(count), heard | frozen(name)
+    )
     return host(state), jax.device_get(outcome.sums)
 
 
