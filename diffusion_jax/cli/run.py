@@ -207,7 +207,8 @@ class Run(Model):
     def check_measurable(self, likelihood: int, reconstructions: int) -> None:
         """Raise `UserError` where images are asked for that the family cannot rate, or cannot encode."""
         name = self.family.name
-        require(not likelihood or self.family.nll is not None, "--likelihood", likelihood, f"{name} has no likelihood")
+        rule = f"{name} has no likelihood" + (" of images over a tokenizer, which loses some" if self.tokenizer else "")
+        require(not likelihood or self.family.nll is not None, "--likelihood", likelihood, rule)
         if reconstructions:
             latents.latent_of(self.family, "--reconstructions", reconstructions, encodes=True)
             rule = f"{name} encodes by its solver; `diffusion-jax edit --edit=reconstruct` does that"

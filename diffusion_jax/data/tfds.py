@@ -32,11 +32,13 @@ class RecordSource:
       records: serialized examples by index.
       features: `image` and, with classes, `label`: what is parsed of a record; the rest is passed over.
       spec: of the images to give.
+      identity: what tells the records from others without a look inside, for `data.encoded`.
     """
 
     records: Any
     features: tfds.features.FeaturesDict
     spec: ImageSpec
+    identity: tuple = ()
 
     def __len__(self) -> int:
         """Number of images."""
@@ -159,7 +161,7 @@ def read(
     """The images of `split`, which the config's `field` names."""
     try:
         rows = builder.as_data_source(split)
-        return RecordSource(records=rows.data_source, features=features, spec=spec)
+        return RecordSource(records=rows.data_source, features=features, spec=spec, identity=identity(builder, split))
     except (ValueError, NotImplementedError) as error:
         if not builder.is_prepared():
             raise not_prepared(settings, settings.name.partition(":")[2]) from None
@@ -170,6 +172,12 @@ def read(
             f"data.{field} = {split!r}: not a split of {settings.name} that holds images; "
             f"there are {there}, and slices such as 'train[:90%]'."
         ) from None
+
+
+def identity(builder: tfds.core.DatasetBuilder, split: str) -> tuple:
+    """The set with its config and version, the split, and of all that is prepared the bytes and shards' lengths."""
+    prepared = ((name, it.num_bytes, tuple(it.shard_lengths)) for name, it in sorted(builder.info.splits.items()))
+    return builder.info.full_name, split, tuple(prepared)
 
 
 def through_tensorflow(

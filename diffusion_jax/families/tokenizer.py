@@ -51,6 +51,12 @@ COLLAPSED = 0.1
 Of few codes one is more than that: a codebook of which only one is in use has collapsed, too.
 """
 
+LOPSIDED = 0.02
+"""Perplexity over the number of codes, over the same share, below which it has, too: nearly all tokens are a few codes.
+
+Backgrounds are: the codes of digits on an empty canvas have 0.2.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FamilySettings:
@@ -306,15 +312,19 @@ class Model:
         return jnp.mean(fooled(made)), gradients
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """`collapse`, once few of the codes are in use."""
-        of_player = "autoencoder/" if self.discriminator else ""
-        usage, usable = (metrics.get(f"{of_player}{name}", 1.0) for name in ("usage", "usable"))
+        """`collapse`, once few of the codes are in use, or nearly all tokens are a few of them."""
         codebook = self.autoencoder.vocabulary
         if codebook < 2:  # latents, or a code that is always the same
             return {}
-        least = max(COLLAPSED, 1.5 / codebook)  # above the share of one code, below that of two
-        rule = f"of {codebook} codes {usage:.1%} are in use; fewer codes, or a bottleneck that revives them, may help"
-        return {"collapse": rule} if usage < least * usable else {}
+        of_player = "autoencoder/" if self.discriminator else ""
+        of = lambda name, otherwise: metrics.get(f"{of_player}{name}", otherwise)
+        usage, usable, perplexity = of("usage", 1.0), of("usable", 1.0), of("perplexity", codebook)
+        few = usage < max(COLLAPSED, 1.5 / codebook) * usable  # above the share of one code, below that of two
+        lopsided = perplexity < max(LOPSIDED * codebook, 1.1) * usable
+        used = f"of {codebook} codes {usage:.1%} are in use, with a perplexity of {perplexity:.1f}"
+        return (
+            {"collapse": f"{used}; fewer codes, or a bottleneck that revives them, may help"} if few or lopsided else {}
+        )
 
     # ------------------------------------------------------------------------------------------ balance
 

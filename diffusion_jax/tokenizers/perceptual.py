@@ -60,14 +60,17 @@ class Classifier:
         return networks.distance(maps, others, [jnp.ones(m.shape[-1]) for m in maps]) / len(maps)
 
 
+LIN = "lin{}.model.1.weight"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LPIPS:
     """Zhang et al. 2018: maps of VGG16, and how much each channel of them counts.
 
     `path` is an .npz file with the arrays of two published files, under their names and in their order of axes:
     "features.N.weight" [c',c,3,3] and "features.N.bias" [c'] of torchvision's vgg16 (N = 0, 2, 5, ..., 28), and
-    "linL.model.1.weight" [1,c,1,1] (L = 0, ..., 4) of richzhang/PerceptualSimilarity's weights/v0.1/vgg.pth. Others
-    are not looked at.
+    "linL.model.1.weight" [1,c,1,1] (L = 0, ..., 4) of richzhang/PerceptualSimilarity's weights/v0.1/vgg.pth. Without
+    any of the second file all channels weigh alike. Others are not looked at. docs/networks.md says how to make it.
     """
 
     spec: ImageSpec
@@ -94,7 +97,11 @@ class LPIPS:
                 number += 2
             blocks.append(layers)
             number += 1
-        return {"vgg": blocks, "channels": [arrays[f"lin{i}.model.1.weight"].reshape(-1) for i in range(len(blocks))]}
+        alike = [np.ones(block[-1], np.float32) for block in networks.VGG16]
+        return {
+            "vgg": blocks,
+            "channels": [arrays.get(LIN.format(i), ones).reshape(-1) for i, ones in enumerate(alike)],
+        }
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What the file holds of `expected`, f32."""
@@ -105,7 +112,8 @@ class LPIPS:
         except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
             found = None
         require(found is not None, field, self.path, "must be an .npz file that can be read")
-        for name, shape in expected().items():
+        weighed = any(name in found for name in map(LIN.format, range(len(networks.VGG16))))
+        for name, shape in expected(weighed).items():
             is_right = name in found and found[name].shape == shape and np.issubdtype(found[name].dtype, np.floating)
             require(is_right, field, self.path, f"must hold {name!r}, numbers of shape {shape}")
         return {name: array.astype(np.float32) for name, array in found.items()}
@@ -116,15 +124,16 @@ class LPIPS:
         return networks.distance(maps, others, params["channels"])
 
 
-def expected() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the arrays in the file of `LPIPS`."""
+def expected(weighed: bool = True) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the arrays in the file of `LPIPS`; the weights of channels among them where `weighed`."""
     shapes, number, before = {}, 0, 3
     for i, block in enumerate(networks.VGG16):
         for channels in block:
             shapes[f"features.{number}.weight"] = (channels, before, 3, 3)
             shapes[f"features.{number}.bias"] = (channels,)
             number, before = number + 2, channels
-        shapes[f"lin{i}.model.1.weight"] = (1, before, 1, 1)
+        if weighed:
+            shapes[LIN.format(i)] = (1, before, 1, 1)
         number += 1
     return shapes
 

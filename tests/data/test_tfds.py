@@ -8,6 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from diffusion_jax import data
+from diffusion_jax.data import encoded
 from diffusion_jax.data import tfds as tfds_module
 from diffusion_jax.data.source import to_arrays
 from diffusion_jax.errors import UserError
@@ -121,6 +122,20 @@ def test_pixels_and_labels_come_back_exactly(digits_dir):
     assert everything.image.shape == (300, 8, 8, 1)
     assert everything.image.dtype == np.uint8
     np.testing.assert_array_equal(everything.label, TRUTH.target[numbers])
+
+
+def test_what_is_prepared_anew_is_another_set(digits_dir, tmp_path, monkeypatch):
+    """What a tokenizer made of one is not read for another of that name, nor for another slice, if no image is seen."""
+
+    def digest(folder, split="train"):
+        return encoded.digest(build("tfds:digits_for_tests", folder, train_split=split).train, "about")
+
+    seen = build("tfds:digits_for_tests", digits_dir).train[0]
+    monkeypatch.setattr(tfds_module.RecordSource, "__getitem__", lambda self, index: seen)
+    assert digest(digits_dir) == digest(digits_dir)
+    assert digest(digits_dir, "train[:299]") != digest(digits_dir)
+    monkeypatch.setitem(TRUTH, "images", np.zeros_like(TRUTH.images))
+    assert digest(prepare(DigitsForTests, tmp_path / "blank")) != digest(digits_dir)
 
 
 def test_split_strings_slice_and_join(digits_dir):

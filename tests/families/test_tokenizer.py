@@ -299,7 +299,7 @@ def test_microbatches_leave_the_codebook_alike():
 
 
 def test_collapse_is_told_by_name():
-    """Below a tenth of the codes that can have been seen, or where one is all that is in use of a few.
+    """Below a tenth of the codes that can have been seen, or where nearly all tokens are one of a few.
 
     Not without codes, and not where nothing is known yet.
     """
@@ -310,10 +310,11 @@ def test_collapse_is_told_by_name():
         "collapse"
     }
     assert set(family("vq").warnings({"usage": 1 / 5, "usable": 1.0})) == {"collapse"}
+    assert set(family("vq").warnings({"usage": 3 / 5, "usable": 1.0, "perplexity": 1.05})) == {"collapse"}
     assert set(family("fsq").warnings({"usage": 1 / 12, "usable": 0.99})) == {"collapse"}
     nothing = {"usage": float("nan"), "usable": float("nan")}
     for name, metrics in (
-        ("vq", {"usage": 2 / 5, "usable": 1.0}),
+        ("vq", {"usage": 2 / 5, "usable": 1.0, "perplexity": 1.3}),
         ("fsq", {"usage": 2 / 12, "usable": 1.0}),
         ("vq", {"usage": 0.2, "usable": 0.3}),
         ("vq", nothing),

@@ -133,7 +133,19 @@ def test_the_classifier_s_maps_lead_to_its_features(size, sides):
     np.testing.assert_allclose(it.apply(params, x)[0], logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("narrow")
+def test_without_weights_all_channels_weigh_alike(tmp_path):
+    """VGG's file alone is as both with weights of 1; a part of them is refused."""
+    vgg = {name: array for name, array in arrays().items() if not name.startswith("lin")}
+    np.savez(tmp_path / "vgg.npz", **vgg)
+    np.savez(tmp_path / "ones.npz", **{name: vgg.get(name, np.ones_like(array)) for name, array in arrays().items()})
+    found, expected = (LPIPS(spec=SPEC, path=str(tmp_path / name)).load(None) for name in ("vgg.npz", "ones.npz"))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def broken(kind):
+    if kind == "part":
+        return {name: array for name, array in arrays().items() if name != "lin3.model.1.weight"}
     if kind == "missing":
         return {name: array for name, array in arrays().items() if name != "features.5.bias"}
     if kind == "shape":
@@ -149,6 +161,7 @@ def broken(kind):
         ("array", "must be an .npz file that can be read"),
         ("missing", r"must hold 'features.5.bias', numbers of shape \(3,\)"),
         ("shape", r"must hold 'lin2.model.1.weight', numbers of shape \(1, 4, 1, 1\)"),
+        ("part", r"must hold 'lin3.model.1.weight'"),
         ("dtype", "must hold 'features.0.bias'"),
     ],
 )
