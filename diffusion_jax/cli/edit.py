@@ -63,7 +63,7 @@ def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     string = lambda name, text: flags.DEFINE_string(name, None, text, flag_values=values)
     string("edit", f"what to do: {', '.join(READS)}")
     string("images", "the images to edit: FILE.npz, or picture files separated by commas")
-    string("mask", "a picture of the model's size: white is made, black is kept")
+    string("mask", "a picture, resized and cropped as --images are: white is made, black is kept")
     number = lambda name, text: flags.DEFINE_integer(name, None, text, lower_bound=0, flag_values=values)
     number("label", "the class to show; where left out the images' own, or as `sample` has it for image 0 the class 0")
     number("source_label", "the class that the images show; their own where left out")

@@ -97,6 +97,7 @@ def train(
             logbook.progress(step, metrics, run.family.warnings(metrics))
 
         if start < settings.steps:
+            print("compiling", file=sys.stderr, flush=True)
             program = compiled(program, feed, start, frozen)
             logbook.rest()
         state, step = loop.run(
