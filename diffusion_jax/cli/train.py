@@ -97,7 +97,8 @@ def train(
             logbook.progress(step, metrics, run.family.warnings(metrics))
 
         if start < settings.steps:
-            print("compiling", file=sys.stderr, flush=True)
+            if not logbook.bar:  # which says so itself
+                print("compiling", file=sys.stderr, flush=True)
             program = compiled(program, feed, start, frozen)
             logbook.rest()
         state, step = loop.run(

@@ -84,21 +84,23 @@ def config_of(workdir: str, flag: str = "workdir") -> dict[str, Any]:
     config = saved_config(Path(workdir))
     if config is None:
         raise UserError(f"--{flag}={workdir}: there is no run here (no config.json); train one first.")
-    family = config["family"]
-    text = str(family.get("tokenizer", ""))
-    if text.startswith(TRAINED):
-        family = family | {"tokenizer": TRAINED + str(tokenizer_of(Path(workdir), text.removeprefix(TRAINED)))}
-    return config | {"family": family}
+    family = config.get("family")
+    text = str(family.get("tokenizer", "")) if isinstance(family, Mapping) else ""
+    if not text.startswith(TRAINED):
+        return config
+    return config | {"family": family | {"tokenizer": TRAINED + str(tokenizer_of(Path(workdir), text))}}
 
 
-def tokenizer_of(workdir: Path, named: str) -> Path:
-    """Where a run's tokenizer is: as its config has it, where it stood in training, or beside the run, if they moved.
+def tokenizer_of(workdir: Path, text: str) -> Path:
+    """Where a run's tokenizer is: where it stood in training, beside the run if both moved, or as the config's `text`.
 
-    That it is the same one its hash says, later.
+    The last is relative to where the command is given, where another one of that name may be. That it is the same one
+    its hash says, later.
     """
-    trained = (tokenizer_record(workdir) or {}).get("workdir", named)
-    places = (Path(named), Path(trained), workdir.absolute().parent / Path(named).name)
-    return next((place for place in places if saved_config(place)), Path(named))
+    named = Path(text.removeprefix(TRAINED))
+    trained = Path((tokenizer_record(workdir) or {}).get("workdir", named))
+    places = (trained, workdir.absolute().parent / named.name, named)
+    return next((place for place in places if saved_config(place)), named)
 
 
 def checkpoints_of(workdir: str, flag: str) -> Checkpoints:

@@ -215,6 +215,7 @@ def test_a_run_without_an_evaluation_is_told_what_to_run(runs, tmp_path, capsys)
 FOREIGN = {
     ("config.json", "{"): "cannot be read as JSON",
     ("config.json", "{}"): "config.json is not that of a run",
+    ("config.json", '{"family": 3}'): "config.json is not that of a run",
     ("config.json", '{"family": {"name": "poetry"}}'): "config.json is not that of a run",
     ("config.json", '{"family": {"name": "gan"}, "data": 3}'): "config.json is not that of a run",
     ("evaluation.json", '{"step": 20'): "cannot be read as JSON",

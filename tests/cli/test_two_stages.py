@@ -260,21 +260,25 @@ def test_a_tokenizer_that_is_not_there_is_named(train, tmp_path, capsys):
 
 
 def test_a_tokenizer_is_found_from_another_directory_and_after_a_move(train, runs, tmp_path, monkeypatch, capsys):
-    """Where training knew it by a relative path."""
+    """Where training knew it by a relative path; a run of that name where the command is given is not taken for it."""
     (tmp_path / "a").mkdir()
-    shutil.copytree(runs / "tokenizer", tmp_path / "a" / "tokenizer")
+    shutil.copytree(runs / "tokenizer", tmp_path / "a" / "first" / "tokenizer")
+    shutil.copytree(runs / "tokens", tmp_path / "first" / "tokenizer")
     monkeypatch.chdir(tmp_path / "a")
-    assert train("tokens", "transformer", "--config.family.tokenizer=workdir:tokenizer", *GPT, SHORT) == 0
+    assert train("tokens", "transformer", "--config.family.tokenizer=workdir:first/tokenizer", *GPT, SHORT) == 0
     monkeypatch.chdir(tmp_path)
     sample = lambda run, out: main(["sample", f"--workdir={run}/tokens", "--num_samples=4", f"--out={out}.npz"])
     assert sample("a", "before") == 0
-    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "tokens").rename(tmp_path / "b" / "tokens")
+    (tmp_path / "a" / "first" / "tokenizer").rename(tmp_path / "b" / "tokenizer")
     assert sample("b", "after") == 0
     with np.load("before.npz") as before, np.load("after.npz") as after:
         np.testing.assert_array_equal(before["images"], after["images"])
     shutil.rmtree(tmp_path / "b" / "tokenizer")
+    shutil.rmtree(tmp_path / "first")
     assert sample("b", "gone") == 2
-    assert "--config.family.tokenizer=tokenizer: there is no run here" in capsys.readouterr().err
+    assert "--config.family.tokenizer=first/tokenizer: there is no run here" in capsys.readouterr().err
 
 
 def test_a_run_of_another_family_is_no_tokenizer(train, runs, tmp_path, capsys):

@@ -48,6 +48,7 @@ class Variant:
       needs: option of `sample` -> the value that it needs.
       bounds: rows of `family.likelihood`, from the loosest bound to the tightest; none without a likelihood.
       exact: whether there is one likelihood, and nothing random in it.
+      settled: player -> the paths of those of its parameters that follow no loss.
       worse: the variant that it is guided away from; then it is sampled from and not trained.
       codec: the bottleneck of the frozen tokenizer that it is over; empty for none.
     """
@@ -58,6 +59,7 @@ class Variant:
     needs: Mapping[str, object] = field(default_factory=dict)
     bounds: tuple[str, ...] = ()
     exact: bool = False
+    settled: Mapping[str, set[str]] = field(default_factory=dict)
     worse: str | None = None
     codec: str = ""
 
@@ -248,9 +250,10 @@ TRANSFORMER = {
 PATCHGAN = "patchgan(channels=4,halvings=1)"
 
 
-def tokenizer(network, bottleneck, **fields):
+def tokenizer(network, bottleneck, settled=(), **fields):
     """Of images without labels, at which it does not look."""
-    return Variant(section={"name": "tokenizer", "network": network, "bottleneck": bottleneck, **fields}, spec=PLAIN)
+    section = {"name": "tokenizer", "network": network, "bottleneck": bottleneck, **fields}
+    return Variant(section=section, spec=PLAIN, settled={"autoencoder": set(settled)})
 
 
 TOKENIZER = {
@@ -275,6 +278,7 @@ TOKENIZER = {
     "tokenizer-ema": tokenizer(
         CODEC,
         "vq(codes=4,latents=2,codebook='ema',revive=0.1)",
+        settled=["codebook"],
         discriminator=PATCHGAN,
         loss="least_squares",
         discriminator_start=1,  # at rest before

@@ -135,18 +135,17 @@ def test_training(name):
 def test_each_player_moves_by_its_own_loss_alone(name):
     """While the others' losses are silent the others stay, bit by bit; without any loss everything does.
 
-    But for what follows no loss at all, as a codebook of running means: `Player.settle` alone has moved that.
+    But for what follows no loss at all, such as a codebook of running means.
     """
     states, _ = course(name)
     begin = replace(states[-1], opt_state=states[0].opt_state)  # without momentum, in a step that is everyone's turn
     names = [player.name for player in family(name).players]
     for alone in (*names, None):
         state, _ = advance(name, begin, 1, silent=[other for other in names if other != alone])
-        for player in family(name).players:
-            before, after = begin.params[player.name], state.params[player.name]
-            every, changed = moved(before, after)
-            settled = moved(before, player.settle(before, state.extra))[1] if player.settle else set()
-            assert changed == (every if player.name == alone else settled), (alone, player.name)
+        for player in names:
+            every, changed = moved(begin.params[player], state.params[player])
+            settled = VARIANTS[name].settled.get(player, set())
+            assert changed == (every if player == alone else settled), (alone, player)
     assert program(name)[0].advance._cache_size() == 1
 
 

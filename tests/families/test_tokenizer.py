@@ -299,7 +299,8 @@ def test_microbatches_leave_the_codebook_alike():
 
 
 def test_collapse_is_told_by_name():
-    """Below a tenth of the codes that can have been seen, or where nearly all tokens are one of a few.
+    """Below a tenth of the codes that can have been seen, where one is all that is used of a few, or where nearly all
+    tokens are few of many: below a fiftieth of those codes, used alike.
 
     Not without codes, and not where nothing is known yet.
     """
@@ -312,6 +313,18 @@ def test_collapse_is_told_by_name():
     assert set(family("vq").warnings({"usage": 1 / 5, "usable": 1.0})) == {"collapse"}
     assert set(family("vq").warnings({"usage": 3 / 5, "usable": 1.0, "perplexity": 1.05})) == {"collapse"}
     assert set(family("fsq").warnings({"usage": 1 / 12, "usable": 0.99})) == {"collapse"}
+    large = families.build(
+        {"name": "tokenizer", "network": NETWORK, "bottleneck": "fsq(levels=(8,5,5,5))"}, SPEC, "float32"
+    )
+    for usable in (1.0, 0.5):
+        for share, perplexity, told in (
+            (0.09, 500.0, True),
+            (0.11, 500.0, False),
+            (0.5, 19.0, True),
+            (0.5, 21.0, False),
+        ):
+            seen = {"usage": usable * share, "usable": usable, "perplexity": usable * perplexity}
+            assert ("collapse" in large.warnings(seen)) == told, seen
     nothing = {"usage": float("nan"), "usable": float("nan")}
     for name, metrics in (
         ("vq", {"usage": 2 / 5, "usable": 1.0, "perplexity": 1.3}),
