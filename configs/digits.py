@@ -117,7 +117,7 @@ def transformer_maskgit(config: ConfigDict) -> None:
     one_cycle(config)
     config.family.network = "maskgit(width=96,depth=4,heads=4,dropout=0.1)"
     config.family.decoding = "maskgit"
-    config.train.steps = 6000
+    config.train.steps = 5000
     config.train.batch_size = 32
     config.train.learning_rate = 2e-3
     config.sample.every = config.evaluate.every = 2000
